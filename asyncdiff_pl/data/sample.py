@@ -1,0 +1,64 @@
+"""What one run of a pipeline starts from, and how a run over several step counts is a longer list of the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+
+@dataclass
+class Sample:
+    """One thing to generate.
+
+    Args:
+        id: Name of the sample, unique in its dataset; it names rows, files and the noise.
+        captions: What the picture shows, for scores and, where the model takes a prompt, for the model.
+        image: Conditioning picture, already in the size of the run; None where the model takes none.
+        steps: Number of denoising steps; None takes the module's.
+        inputs: Further arguments of the pipeline for this sample alone.
+    """
+
+    id: str
+    captions: tuple[str, ...] = ()
+    image: Image.Image | None = None
+    steps: int | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[int | None, str]:
+        """What tells this piece of work from every other of the run: step count and id."""
+        return self.steps, self.id
+
+
+class StepSweep(Dataset[Sample]):
+    """The samples once for each step count, step count by step count, less those that are done.
+
+    Args:
+        samples: The samples; each element is read when it is asked for.
+        ids: The samples' ids, in order, so that what is done is known without reading it.
+        steps: Numbers of denoising steps.
+        done: Keys `(steps, id)` that are left out.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset[Sample],
+        ids: Sequence[str],
+        steps: Sequence[int | None],
+        done: Collection[tuple[int | None, str]] = (),
+    ) -> None:
+        self.samples = samples
+        done = set(done)
+        self.entries = [(n, index) for n in steps for index, name in enumerate(ids) if (n, name) not in done]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        steps, sample = self.entries[index]
+        return dataclasses.replace(self.samples[sample], steps=steps)

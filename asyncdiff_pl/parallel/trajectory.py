@@ -1,0 +1,127 @@
+"""Where a pipeline stands in the sampling of one sample: which step, and which denoiser call of that step.
+
+A pipeline never announces that a new sample begins. It does call `scheduler.set_timesteps`, which makes a new
+`scheduler.timesteps`: so a new sample begins at the first denoiser call that finds another object there. The position
+is counted, not looked up: it rises with each `scheduler.step`, since some schedulers repeat timesteps (PNDM, Heun)
+and some pipelines run only a part of them (image to image).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TrajectoryListener:
+    """What can be heard of a trajectory; override what is needed."""
+
+    def on_sample_begin(self, trajectory: Trajectory) -> None:
+        """A new sample's first denoiser call is about to run; `position` and `call` are 0."""
+
+    def on_denoiser_call(self, trajectory: Trajectory) -> None:
+        """A denoiser call is about to run: call number `call` of step `position`."""
+
+    def on_step(self, trajectory: Trajectory, output: Any) -> None:
+        """`scheduler.step` returned `output`; `position` still is the step that it ended."""
+
+
+class Trajectory:
+    """Follows a denoiser and its scheduler through a sample.
+
+    Args:
+        denoiser: The network that the pipeline calls in each step.
+        scheduler: Returns the scheduler in use now; it is asked again at each denoiser call, since users swap
+            schedulers.
+    """
+
+    def __init__(self, denoiser: nn.Module, scheduler: Callable[[], Any]) -> None:
+        self._lookup = scheduler
+        self._scheduler: Any = None
+        self._listeners: list[TrajectoryListener] = []
+        self._next_call = 0
+        self.timesteps: torch.Tensor | None = None
+        """The timesteps of the sample in work, held by reference; None before the first sample."""
+        self.position = 0
+        """Steps of this sample that are done."""
+        self.call = 0
+        """Number of the denoiser call in work among those of its step, from 0."""
+        self.first_index = 0
+        """Index in `timesteps` of the sample's first step: above 0 where a pipeline runs only a part of them."""
+        self._handle = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler in use now."""
+        return self._lookup()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the sample in work, as far as the scheduler tells: what it has from the first step on."""
+        return 0 if self.timesteps is None else len(self.timesteps) - self.first_index
+
+    def subscribe(self, listener: TrajectoryListener) -> None:
+        """Lets `listener` hear of samples, calls and steps, after those who subscribed before it."""
+        self._listeners.append(listener)
+
+    def unsubscribe(self, listener: TrajectoryListener) -> None:
+        """Stops telling `listener`."""
+        self._listeners.remove(listener)
+
+    def reset(self) -> None:
+        """Forgets the sample in work: the next denoiser call begins a new one."""
+        self.timesteps = None
+
+    def remove(self) -> None:
+        """Takes all hooks off the denoiser and the scheduler."""
+        self._handle.remove()
+        self._unwrap()
+        self._listeners.clear()
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scheduler = self._lookup()
+        if scheduler is not self._scheduler:
+            self._unwrap()
+            self._wrap(scheduler)
+        if scheduler.timesteps is not self.timesteps:
+            self.timesteps = scheduler.timesteps
+            self.position = self.call = self._next_call = 0
+            # set by pipelines that start amid the timesteps (strength < 1); not every scheduler has it
+            self.first_index = getattr(scheduler, "begin_index", None) or 0
+            for listener in list(self._listeners):
+                listener.on_sample_begin(self)
+        self.call = self._next_call
+        self._next_call += 1
+        for listener in list(self._listeners):
+            listener.on_denoiser_call(self)
+
+    def _wrap(self, scheduler: Any) -> None:
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            for listener in list(self._listeners):
+                listener.on_step(self, output)
+            self.position += 1
+            self._next_call = 0
+            return output
+
+        self._scheduler, self._step, self._counted = scheduler, vars(scheduler).get("step"), counted
+        scheduler.step = counted
+
+    def _unwrap(self) -> None:
+        if self._scheduler is None:
+            return
+        if vars(self._scheduler).get("step") is not self._counted:
+            # somebody wrapped it after us: what they hold stays valid, it only counts for nobody
+            self._scheduler = None
+            return
+        if self._step is None:
+            del self._scheduler.step
+        else:
+            self._scheduler.step = self._step
+        self._scheduler = None
