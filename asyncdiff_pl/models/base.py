@@ -1,0 +1,213 @@
+"""The LightningModule that runs a diffusers pipeline: subclass it for a new model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from lightning.pytorch import LightningModule
+from PIL import Image
+from torch import nn
+from typing_extensions import override
+
+from asyncdiff_pl.data.sample import Sample
+from asyncdiff_pl.models.loading import WeightsSource, build_scheduler, load_pipeline, prepare_download
+from asyncdiff_pl.parallel.trajectory import Trajectory
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class Prediction:
+    """What a pipeline made of one sample.
+
+    Args:
+        sample: What it was made from.
+        steps: Number of denoising steps it took.
+        frames: One picture, or the frames of a video in order.
+        seconds: Wall time of the whole pipeline call, in s; a call for several samples is shared out evenly.
+        timed: False where `seconds` holds one-time work (the first call of a process): averages leave it out.
+        metrics: Filled by callbacks; each entry becomes a column of samples.csv.
+    """
+
+    sample: Sample
+    steps: int
+    frames: list[Image.Image]
+    seconds: float
+    timed: bool
+    metrics: dict[str, float | int | str] = field(default_factory=dict)
+
+
+def sample_seed(seed: int, sample_id: str) -> int:
+    """Seed of one sample's noise: from the run's seed and the sample's id alone, so not from rank or order."""
+    digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class DiffusionPredictor(LightningModule):
+    """Runs a diffusers pipeline on each sample; a subclass says how to call it.
+
+    Args:
+        pretrained: Checkpoint: a hub name, a local folder, or the name of an embedded model.
+        num_inference_steps: Number of denoising steps; a list runs every sample with each of them.
+        scheduler: The checkpoint's own if null, else a name (`euler_discrete`, `ddpm`, `ddim`, ...) or a class
+            (`diffusers.DPMSolverMultistepScheduler`); it is built from the checkpoint's own scheduler config.
+        seed: Seed of the run; each sample's noise follows from it and from the sample's id.
+        dtype: Number format of weights and activations.
+        weights: `pretrained` loads the checkpoint's weights; `random` builds the same network without them, for
+            latency alone: its pictures mean nothing, and the results say so.
+        variant: Variant of the checkpoint's weight files, `fp16` say; null takes the plain files.
+    """
+
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline
+    """Which pipeline to build; the general class lets the checkpoint say."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        num_inference_steps: int | list[int] = 25,
+        scheduler: str | None = None,
+        seed: int = 0,
+        dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        weights: WeightsSource = "pretrained",
+        variant: str | None = None,
+    ) -> None:
+        super().__init__()
+        steps = [num_inference_steps] if isinstance(num_inference_steps, int) else list(num_inference_steps)
+        if not steps or min(steps) < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; give one or more numbers from 1 up.")
+        if len(set(steps)) < len(steps):
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; give each number once.")
+        self.pretrained = pretrained
+        self.num_inference_steps = steps
+        """Step counts of the run, one or more."""
+        self.scheduler_name = scheduler
+        self.seed = seed
+        self.torch_dtype = DTYPES[dtype]
+        self.weights = weights
+        self.variant = variant
+        self._pipeline: DiffusionPipeline | None = None
+        self._trajectory: Trajectory | None = None
+        self.is_warm = False
+        """False until a whole call has run: what comes before holds one-time work and is not timed."""
+
+    # -- what a subclass says -----------------------------------------------------------------------------------
+
+    def generate(
+        self, samples: Sequence[Sample], num_inference_steps: int, generators: list[torch.Generator]
+    ) -> list[list[Image.Image]]:
+        """Calls `self.pipeline` for some samples.
+
+        Args:
+            samples: The samples of one call.
+            num_inference_steps: Number of denoising steps.
+            generators: One a sample, seeded: the noise must come from these.
+
+        Returns:
+            For each sample its frames; a single picture is a list of one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say in `generate` how its pipeline is called.")
+
+    @property
+    def frames_per_sample(self) -> int:
+        """Pictures that each sample yields, to foresee the disk space."""
+        return 1
+
+    # -- the pipeline -------------------------------------------------------------------------------------------
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline, on every rank."""
+        if self._pipeline is None:
+            raise RuntimeError("The pipeline exists only after `configure_model()`.")
+        return self._pipeline
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that the pipeline calls in each step."""
+        return denoiser_of(self.pipeline)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Where the pipeline stands: callbacks and strategies subscribe to it."""
+        if self._trajectory is None:
+            raise RuntimeError("The trajectory exists only after `configure_model()`.")
+        return self._trajectory
+
+    @override
+    def prepare_data(self) -> None:
+        """Downloads the checkpoint on one rank of each node, while the others wait."""
+        prepare_download(self.pipeline_class, self.pretrained, self.weights, self.variant)
+
+    @override
+    def configure_model(self) -> None:
+        """Loads the pipeline; a second call does nothing."""
+        if self._pipeline is not None:
+            return
+        pipeline = load_pipeline(self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = build_scheduler(self.scheduler_name, pipeline.scheduler)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part.requires_grad_(False).eval())
+        self._pipeline = pipeline
+        self._trajectory = Trajectory(denoiser_of(pipeline), lambda: pipeline.scheduler)
+
+    # -- a batch ------------------------------------------------------------------------------------------------
+
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves samples where they are: the pipeline itself moves what it computes with."""
+        return batch
+
+    @override
+    def predict_step(self, batch: Sequence[Sample], batch_idx: int = 0) -> list[Prediction]:
+        """Generates each sample of the batch, those of one step count in one call."""
+        predictions: list[Prediction] = []
+        for steps, group in itertools.groupby(batch, key=self._steps_of):
+            predictions += self._run(list(group), steps)
+        return predictions
+
+    def _steps_of(self, sample: Sample) -> int:
+        if sample.steps is not None:
+            return sample.steps
+        if len(self.num_inference_steps) == 1:
+            return self.num_inference_steps[0]
+        raise ValueError(
+            f"num_inference_steps is {self.num_inference_steps}, but sample {sample.id} has no `steps`: "
+            "let the data module serve a `StepSweep`."
+        )
+
+    def _run(self, samples: list[Sample], steps: int) -> list[Prediction]:
+        # the noise is drawn on the CPU, so that a picture does not depend on the kind of device
+        seeds = [sample_seed(self.seed, sample.id) for sample in samples]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        started = self._now()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            # pipelines such as SVD's hand no generator to their scheduler: a stochastic one draws from the global state
+            torch.manual_seed(seeds[0])
+            frames = self.generate(samples, steps, generators)
+        seconds = (self._now() - started) / len(samples)
+        timed, self.is_warm = self.is_warm, True
+        return [Prediction(s, steps, f, seconds, timed) for s, f in zip(samples, frames, strict=True)]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """The network that a diffusers pipeline calls once a step: its `unet` or its `transformer`."""
+    for name in ("unet", "transformer"):
+        part = getattr(pipeline, name, None)
+        if isinstance(part, nn.Module):
+            return part
+    raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer` to run in parallel.")
