@@ -1,0 +1,6 @@
+"""The mechanism: torch.distributed and hooks on denoisers; it knows no Lightning and no pipeline class."""
+
+from asyncdiff_pl.parallel.api import Parallel, parallelize
+from asyncdiff_pl.parallel.layout import Groups, Layout
+
+__all__ = ["Groups", "Layout", "Parallel", "parallelize"]

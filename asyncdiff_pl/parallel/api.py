@@ -1,0 +1,174 @@
+"""Runs a pipeline's denoiser on several ranks, without Lightning: `parallelize`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from asyncdiff_pl.parallel.agreement import Agreement
+from asyncdiff_pl.parallel.exchange import Exchange
+from asyncdiff_pl.parallel.layout import Groups, Layout
+from asyncdiff_pl.parallel.stages.cut import cut_hash
+from asyncdiff_pl.parallel.stages.pipeline import Settings, StagePipeline
+from asyncdiff_pl.parallel.trajectory import Trajectory
+
+
+class Parallel:
+    """What `parallelize` installed on a denoiser.
+
+    Args:
+        pipeline: The installed stages; None where one rank computes everything.
+        agreement: What keeps the ranks equal; None in one process.
+        trajectory: Where the pipeline stands.
+        owns_trajectory: Whether `remove` takes the trajectory's hooks off as well.
+        layout: The layout in use.
+    """
+
+    def __init__(
+        self,
+        pipeline: StagePipeline | None,
+        agreement: Agreement | None,
+        trajectory: Trajectory,
+        owns_trajectory: bool,
+        layout: Layout,
+    ) -> None:
+        self._pipeline = pipeline
+        self._agreement = agreement
+        self._trajectory = trajectory
+        self._owns_trajectory = owns_trajectory
+        self.layout = layout
+
+    @property
+    def cut(self) -> list[list[str]] | None:
+        """For each stage the names of its modules; None with 1 stage and before the first denoiser call."""
+        program = self._pipeline.program if self._pipeline else None
+        return program.cut if program else None
+
+    @property
+    def cut_hash(self) -> str:
+        """Tells this cut from others; empty where there is none."""
+        return cut_hash(self.cut) if self.cut else ""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of boundary tensors that this process has sent so far."""
+        return self._pipeline.sent_bytes if self._pipeline else 0
+
+    @property
+    def asynchronous_steps(self) -> int:
+        """Asynchronous steps that this process has taken part in so far."""
+        return self._pipeline.asynchronous_steps if self._pipeline else 0
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of boundary tensors of one asynchronous step, over all ranks of half a guidance batch."""
+        return self._pipeline.bytes_per_step if self._pipeline else 0
+
+    def reset(self) -> None:
+        """Forgets the sample in work, as after an interruption: the next denoiser call begins a new one."""
+        self._trajectory.reset()
+        if self._pipeline:
+            self._pipeline.reset()
+
+    def remove(self) -> None:
+        """Takes everything off again: the denoiser then computes what it did before, to the bit."""
+        if self._pipeline:
+            self._pipeline.remove()
+        if self._agreement:
+            self._agreement.remove()
+        if self._owns_trajectory:
+            self._trajectory.remove()
+
+
+def parallelize(
+    pipe: Any,
+    *,
+    stages: int = 1,
+    stride: int = 1,
+    warm_up: int = 3,
+    time_shift: bool = False,
+    cfg: int = 1,
+    cut: Sequence[Sequence[str]] | None = None,
+    simulate: bool = False,
+    scheduler: Any = None,
+    timeout: timedelta | None = None,
+    trajectory: Trajectory | None = None,
+    groups: Groups | None = None,
+) -> Parallel:
+    """Runs a pipeline's denoiser in asynchronous stages on the ranks of an initialised process group.
+
+    Every rank calls this once with the same arguments, then runs the pipeline as always, with the same inputs and seed.
+    Ranks beyond one pipeline's form further groups, which may run other samples.
+
+    Args:
+        pipe: A diffusers pipeline, or a bare denoiser with `scheduler` given.
+        stages: Stages that the denoiser is cut into, 1 to 8.
+        stride: Steps that one round of the stages covers, 1 or 2; 2 takes one rank more.
+        warm_up: Exact steps at the start of each sample, 1 or more.
+        time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.
+        cfg: 2 gives each half of the guidance batch its own ranks.
+        cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
+        simulate: Plays all ranks in this process, to see a layout's quality without its speed.
+        scheduler: The scheduler that steps the latents, for a bare denoiser.
+        timeout: How long to wait for another rank's message; None leaves it to the process group.
+        trajectory: Shares one that follows the same denoiser already.
+        groups: The process groups, where they exist already.
+
+    Returns:
+        A handle that resets and removes what was installed.
+
+    Raises:
+        ValueError: A setting is out of range, or the ranks do not fit the layout.
+    """
+    layout = Layout(stages, stride, cfg)
+    check_settings(layout, warm_up, cut)
+    denoiser, owner = _denoiser_and_owner(pipe, scheduler)
+    exchange, coordinates = None, (0, 0)
+    if not simulate and layout.pipeline_ranks > 1:
+        if not dist.is_initialized():
+            raise ValueError(
+                f"The layout needs {layout.pipeline_ranks} ranks, but no process group is initialised: start under "
+                "torchrun and call `torch.distributed.init_process_group`, or set simulate."
+            )
+        local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+        layout = layout.over(dist.get_world_size(), local_size)
+        groups = groups or Groups.build(layout, "cuda" if torch.cuda.is_available() else "cpu")
+        exchange = Exchange(groups, timeout)
+        coordinates = layout.coordinates(dist.get_rank())[1:]
+    owns_trajectory = trajectory is None
+    trajectory = trajectory or Trajectory(denoiser, owner)
+    agreement = Agreement(denoiser, trajectory, exchange, warm_up) if exchange else None
+    pipeline = None
+    if layout.pipeline_ranks > 1:
+        pipeline = StagePipeline(denoiser, trajectory, Settings(layout, warm_up, time_shift, cut), exchange, coordinates)
+    return Parallel(pipeline, agreement, trajectory, owns_trajectory, layout)
+
+
+def check_settings(layout: Layout, warm_up: int, cut: Sequence[Sequence[str]] | None) -> None:
+    """Checks what can be known of the settings before there is a denoiser.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+    if warm_up < 1:
+        raise ValueError(f"warm_up is {warm_up}; at least 1 exact step has to fill the stages' inputs.")
+    if cut is not None and len(cut) != layout.stages:
+        raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
+
+
+def _denoiser_and_owner(pipe: Any, scheduler: Any) -> tuple[nn.Module, Any]:
+    if isinstance(pipe, nn.Module):
+        if scheduler is None:
+            raise ValueError("A bare denoiser needs `scheduler=`: the scheduler that steps its latents.")
+        return pipe, lambda: scheduler
+    for name in ("unet", "transformer"):
+        part = getattr(pipe, name, None)
+        if isinstance(part, nn.Module):
+            return part, lambda: pipe.scheduler
+    raise ValueError(f"{type(pipe).__name__} has neither a `unet` nor a `transformer` to run in parallel.")

@@ -1,0 +1,196 @@
+"""How tensors get from rank to rank: over process groups, or within one process that plays all ranks.
+
+Boundary tensors go from one rank to another, never to all, as soon as they exist and beside the computation. NCCL
+matches the messages of a pair of ranks by their order, so all ranks keep to one: that in which the tensors are
+expected to be made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from asyncdiff_pl.parallel.layout import Groups
+
+
+@dataclass(frozen=True)
+class Message:
+    """A boundary tensor on its way.
+
+    Args:
+        value: Number of the value.
+        source: Stage rank that makes it.
+        target: Stage rank that consumes it.
+    """
+
+    value: int
+    source: int
+    target: int
+
+
+class Inbox(Protocol):
+    """Where a rank takes in what others send to it."""
+
+    rank: int
+
+    def incoming(self, value: int) -> torch.Tensor:
+        """The buffer that a value is to be received into."""
+
+    def expect(self, value: int, pending: Pending) -> None:
+        """Notes what must be waited for before that buffer is read."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A message that was posted and may still be under way."""
+
+    work: dist.Work
+    description: str
+    timeout: timedelta | None
+
+    def wait(self) -> None:
+        """Waits; on a GPU only the stream does.
+
+        Raises:
+            RuntimeError: The message did not come in time.
+        """
+        try:
+            if self.timeout is None:
+                self.work.wait()
+            else:
+                self.work.wait(self.timeout)
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.description} did not come through: {error}") from error
+
+
+class Exchange:
+    """Messages of one rank over the process groups of its pipeline.
+
+    Args:
+        groups: The process groups.
+        timeout: How long to wait for a message; None leaves it to the group.
+    """
+
+    def __init__(self, groups: Groups, timeout: timedelta | None = None) -> None:
+        self.groups = groups
+        self.timeout = timeout
+        self.sent_bytes = 0
+        """Bytes of boundary tensors that this rank has sent."""
+        self._order: list[Message] = []
+        self._next = 0
+        self._step = 0
+        self._inbox: Inbox | None = None
+        self._sends: list[tuple[Pending, torch.Tensor]] = []
+
+    def begin(self, inbox: Inbox, messages: Sequence[Message], step: int) -> None:
+        """Begins a step in which boundary tensors travel.
+
+        Args:
+            inbox: This rank's inbox.
+            messages: All messages of the step, in the order that all ranks keep to.
+            step: Number of the step, for reports.
+        """
+        for pending, _ in self._sends:
+            pending.wait()
+        self._sends.clear()
+        self._inbox, self._step, self._next = inbox, step, 0
+        self._order = [message for message in messages if inbox.rank in (message.source, message.target)]
+        self._receive()
+
+    def send(self, value: int, tensor: torch.Tensor) -> None:
+        """Sends a value that this rank just made to all who consume it."""
+        assert self._inbox is not None
+        tensor = tensor.contiguous()
+        while self._next < len(self._order) and self._order[self._next].value == value:
+            message = self._order[self._next]
+            work = dist.isend(tensor, group=self.groups.stage, group_dst=message.target)
+            self._sends.append((self._pending(work, message), tensor))
+            self.sent_bytes += tensor.nbytes
+            self._next += 1
+        self._receive()
+
+    def finish(self) -> None:
+        """Ends the step: everything is posted, nothing is waited for."""
+        assert self._next == len(self._order), "a value that others consume was not made"
+
+    def broadcast(self, tensors: Sequence[torch.Tensor], source: int) -> None:
+        """Gives tensors of one rank of the pipeline to all of it, in place.
+
+        Args:
+            tensors: Contiguous tensors, on every rank of the same shapes.
+            source: Rank within the pipeline.
+        """
+        for tensor in tensors:
+            dist.broadcast(tensor, group=self.groups.pipeline, group_src=source)
+
+    def gather_halves(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Both halves of the guidance batch, in order, of which this rank has one."""
+        halves: list[list[torch.Tensor]] = [[], []]
+        for tensor in tensors:
+            parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in halves]
+            dist.all_gather(parts, tensor.contiguous(), group=self.groups.guidance)
+            for half, part in zip(halves, parts, strict=True):
+                half.append(part)
+        return halves
+
+    def spread(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The largest distance between the ranks of the pipeline, for each of some numbers."""
+        high, low = numbers.clone(), numbers.clone()
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.groups.pipeline)
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=self.groups.pipeline)
+        return high - low
+
+    def drop(self) -> None:
+        """Waits for what is under way, so that a new sample begins with empty lines."""
+        for pending, _ in self._sends:
+            pending.wait()
+        self._sends.clear()
+
+    def _receive(self) -> None:
+        """Posts what comes before this rank's next own message."""
+        inbox = self._inbox
+        assert inbox is not None
+        while self._next < len(self._order) and self._order[self._next].target == inbox.rank:
+            message = self._order[self._next]
+            buffer = inbox.incoming(message.value)
+            work: Any = dist.irecv(buffer, group=self.groups.stage, group_src=message.source)
+            inbox.expect(message.value, self._pending(work, message))
+            self._next += 1
+
+    def _pending(self, work: dist.Work, message: Message) -> Pending:
+        text = (
+            f"rank {dist.get_rank()}, step {self._step}: boundary tensor {message.value} "
+            f"from stage rank {message.source} to {message.target}"
+        )
+        return Pending(work, text, self.timeout)
+
+
+class LocalExchange:
+    """The same within one process that plays all ranks, one after another."""
+
+    def __init__(self, inboxes: Sequence[Inbox]) -> None:
+        self.sent_bytes = 0
+        self._inboxes = {inbox.rank: inbox for inbox in inboxes}
+        self._messages: Sequence[Message] = ()
+
+    def begin(self, inbox: Inbox, messages: Sequence[Message], step: int) -> None:
+        """Begins one rank's step."""
+        self._messages = messages
+
+    def send(self, value: int, tensor: torch.Tensor) -> None:
+        """Copies a value into the inboxes of those who consume it."""
+        for message in self._messages:
+            if message.value == value:
+                self._inboxes[message.target].incoming(value).copy_(tensor)
+                self.sent_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        """Ends the rank's step."""
+
+    def drop(self) -> None:
+        """Nothing is ever under way."""

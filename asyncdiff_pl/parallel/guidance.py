@@ -1,0 +1,98 @@
+"""The guidance batch as an axis: each half of a call's arguments for one group of ranks.
+
+Pipelines put the unconditional and the conditional half of classifier-free guidance behind one another in dimension 0
+of every tensor that belongs to the batch. A denoiser that sees one half gives that half of the result, exactly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+PER_SAMPLE = frozenset(
+    {
+        "sample",
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "class_labels",
+        "timestep_cond",
+        "attention_mask",
+        "encoder_attention_mask",
+        "added_cond_kwargs",
+        "added_time_ids",
+        "guidance",
+        "fps",
+        "image_latents",
+        "image_embeddings",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "block_controlnet_hidden_states",
+    }
+)
+"""Arguments whose tensors, nested or not, hold the guidance batch in dimension 0 (or that times the frames)."""
+
+SHARED = frozenset({"txt_ids", "img_ids", "cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"})
+"""Arguments whose tensors belong to no sample."""
+
+
+def find_latents(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The tensor with the latents among a denoiser's arguments: its first one.
+
+    Args:
+        forward: The denoiser's own forward.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of that call.
+    """
+    arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+    return next(iter(arguments.values()))
+
+
+def split_batch(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], half: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Takes one half of the guidance batch out of a denoiser's arguments.
+
+    Args:
+        forward: The denoiser's own forward, whose signature names the arguments.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of that call.
+        half: 0 for the first half (unconditional in diffusers' pipelines), 1 for the second.
+
+    Raises:
+        ValueError: The batch cannot be halved, or an argument is not known.
+    """
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    batch = find_latents(forward, args, kwargs).shape[0]
+    if batch % 2:
+        raise ValueError(
+            f"cfg 2 halves the guidance batch, but the denoiser was called with a batch of {batch}: "
+            "turn guidance on (a guidance scale above 1), or take cfg 1."
+        )
+
+    def halve(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 0:
+            return tensor
+        if tensor.shape[0] % batch:
+            raise ValueError(f"cfg 2 cannot halve a tensor of shape {tuple(tensor.shape)} along a batch of {batch}.")
+        return tensor.chunk(2)[half]
+
+    for name, value in bound.arguments.items():
+        if name in PER_SAMPLE:
+            bound.arguments[name] = tree_map_only(torch.Tensor, halve, value)
+        elif isinstance(value, torch.Tensor) and name not in SHARED:
+            if name != "timestep":
+                raise ValueError(f"cfg 2 does not know whether the denoiser's argument {name!r} holds the batch.")
+            # one timestep for all, or one a sample
+            bound.arguments[name] = value if value.numel() == 1 else halve(value)
+    return bound.args, bound.kwargs
+
+
+def join_halves(halves: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Puts the tensors of a result together again from its halves."""
+    return halves[0] if len(halves) == 1 else [torch.cat(pair) for pair in zip(*halves, strict=True)]

@@ -1,0 +1,119 @@
+"""The axes of the world: data x guidance x stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+MAX_STAGES = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks work on what; it validates itself.
+
+    Args:
+        stages: Stages that the denoiser is cut into, 1 to 8.
+        stride: Steps that one round of the stages covers, 1 or 2; 2 takes one rank more.
+        cfg: 2 gives each half of the guidance batch its own ranks.
+        data: Groups that work on different samples.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    stages: int = 1
+    stride: int = 1
+    cfg: int = 1
+    data: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stages <= MAX_STAGES:
+            raise ValueError(f"stages is {self.stages}; it must be from 1 to {MAX_STAGES}.")
+        if self.stride not in (1, 2):
+            raise ValueError(f"stride is {self.stride}; it must be 1 or 2.")
+        if self.stride == 2 and self.stages == 1:
+            raise ValueError("stride 2 needs at least 2 stages; with 1 stage there is nothing to run ahead.")
+        if self.cfg not in (1, 2):
+            raise ValueError(f"cfg is {self.cfg}; it must be 1 (guidance batch whole) or 2 (one half a group).")
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that share one half of the guidance batch, or all of it."""
+        return self.stages + self.stride - 1
+
+    @property
+    def pipeline_ranks(self) -> int:
+        """Ranks that work on one sample."""
+        return self.cfg * self.stage_ranks
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.data * self.pipeline_ranks
+
+    def over(self, world_size: int, ranks_per_node: int | None = None) -> Layout:
+        """The same layout with as many data groups as a world has room for.
+
+        Args:
+            world_size: Ranks in all.
+            ranks_per_node: Ranks of one node; a pipeline does not reach over nodes.
+
+        Raises:
+            ValueError: The ranks do not fit the layout.
+        """
+        needs = f"cfg {self.cfg} x (stages {self.stages} + stride {self.stride} - 1) = {self.pipeline_ranks} ranks"
+        if world_size % self.pipeline_ranks:
+            raise ValueError(
+                f"A pipeline of {needs} does not fit {world_size} ranks: start a multiple of {self.pipeline_ranks}, "
+                "or change stages, stride or cfg."
+            )
+        if ranks_per_node is not None and ranks_per_node % self.pipeline_ranks:
+            raise ValueError(
+                f"A pipeline of {needs} must lie within a node, but each node has {ranks_per_node} ranks: start a "
+                f"multiple of {self.pipeline_ranks} on each."
+            )
+        return Layout(self.stages, self.stride, self.cfg, world_size // self.pipeline_ranks)
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """Data group, half of the guidance batch and stage rank of a rank."""
+        data, within = divmod(rank, self.pipeline_ranks)
+        return data, *divmod(within, self.stage_ranks)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups that this rank belongs to; None stands for this rank alone.
+
+    Args:
+        pipeline: Ranks that work on the same sample.
+        stage: Ranks among them that work on the same half of the guidance batch.
+        guidance: Ranks that do the same for the other half.
+    """
+
+    pipeline: dist.ProcessGroup | None = None
+    stage: dist.ProcessGroup | None = None
+    guidance: dist.ProcessGroup | None = None
+
+    @classmethod
+    def build(cls, layout: Layout, device_type: str) -> Groups:
+        """Makes the groups of a layout; every rank of the world must call it.
+
+        Args:
+            layout: The layout, whose size is the world's.
+            device_type: `cuda` or `cpu`.
+        """
+        mesh = init_device_mesh(
+            device_type,
+            (layout.data, layout.cfg, layout.stage_ranks),
+            mesh_dim_names=("data", "guidance", "stage"),
+        )
+        pipelines = [
+            list(range(first, first + layout.pipeline_ranks))
+            for first in range(0, layout.world_size, layout.pipeline_ranks)
+        ]
+        # a group of its own, so that estimates do not queue behind boundary tensors
+        pipeline, _ = dist.new_subgroups_by_enumeration(pipelines)
+        return cls(pipeline, mesh["stage"].get_group(), mesh["guidance"].get_group())

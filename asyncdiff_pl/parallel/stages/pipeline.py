@@ -1,0 +1,478 @@
+"""AsyncDiff on a denoiser: hooks that make each rank compute its stage, and the calls in between (arXiv 2406.06911).
+
+The pipeline around the denoiser runs on every rank as it always does. Only the denoiser's call is replaced: it looks up
+in the schedule what this rank computes, lets the units of its stage run, stands in for all others what they computed
+in the step before, and returns the noise estimate that the schedule names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange, Message
+from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
+from asyncdiff_pl.parallel.layout import Layout
+from asyncdiff_pl.parallel.stages.absent import Absent
+from asyncdiff_pl.parallel.stages.boundary import Boundary, bytes_per_step, find_boundary
+from asyncdiff_pl.parallel.stages.cut import cut_names, find_cut, resolve_cut
+from asyncdiff_pl.parallel.stages.schedule import StepPlan, Turn, plan_step
+from asyncdiff_pl.parallel.stages.timestep import with_timestep
+from asyncdiff_pl.parallel.stages.units import Graph, Output, meta_twin, split_modules, trace
+from asyncdiff_pl.parallel.stages.worker import Worker, make_workers, messages
+from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
+
+HOOK = "asyncdiff_pl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a denoiser is run in stages.
+
+    Args:
+        layout: Stages, stride and guidance axis.
+        warm_up: Exact steps at the start of each sample.
+        time_shift: Whether asynchronous steps use the timestep of the step before.
+        cut: For each stage the names of its modules; None finds a cut.
+    """
+
+    layout: Layout
+    warm_up: int = 3
+    time_shift: bool = False
+    cut: Sequence[Sequence[str]] | None = None
+
+
+@dataclass
+class Program:
+    """A denoiser's graph and cut for inputs of one structure."""
+
+    graph: Graph
+    boundary: Boundary
+    messages: list[Message]
+    cut: list[list[str]]
+    numbers: dict[str, int]
+    """Number of each unit by its module name."""
+    runs: list[frozenset[str]]
+    """For each stage the containers that it must run through; it passes over all others."""
+
+
+@dataclass
+class Stream:
+    """One of the denoiser calls that a step makes: it has its own stale values."""
+
+    signature: Any = None
+    begins: int = 0
+    """Step at which its warm-up began."""
+    program: Program | None = None
+    workers: list[list[Worker]] = field(default_factory=list)
+    """For each half of the guidance batch that this process computes, its stage ranks."""
+    exchanges: list[Exchange | LocalExchange] = field(default_factory=list)
+    likes: dict[int, torch.Tensor] = field(default_factory=dict)
+    """For each value a tensor on the meta device like it."""
+    result: tuple[list[torch.Tensor], TreeSpec] | None = None
+    """Tensors like those of a result, for one half, on the meta device; and how a result is nested."""
+    ahead: list[list[torch.Tensor]] = field(default_factory=list)
+    """Estimates of the next step that were made in this one, one a half."""
+
+
+class StagePipeline(TrajectoryListener):
+    """Runs a denoiser's stages on the ranks of a pipeline, or all of them in one process.
+
+    Args:
+        denoiser: The network; its hooks are installed at once.
+        trajectory: Where the pipeline stands.
+        settings: Layout, warm-up and cut.
+        exchange: This rank's messages; None plays all ranks in this process.
+        coordinates: Half of the guidance batch and stage rank of this rank.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        trajectory: Trajectory,
+        settings: Settings,
+        exchange: Exchange | None = None,
+        coordinates: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.denoiser = denoiser
+        self.trajectory = trajectory
+        self.settings = settings
+        self.exchange = exchange
+        layout = settings.layout
+        self.half, self.rank = coordinates
+        self.halves = [self.half] if exchange else list(range(layout.cfg))
+        self.ranks = [self.rank] if exchange else list(range(layout.stage_ranks))
+        self.program: Program | None = None
+        """Graph and cut in use; None before the first call."""
+        self.asynchronous_steps = 0
+        """Steps so far in which boundary tensors may have travelled."""
+        self._programs: dict[Any, Program] = {}
+        self._streams: dict[int, Stream] = {}
+        self._forward = denoiser.forward
+        self._twin = meta_twin(denoiser)
+        self._active: _Active | None = None
+        containers, pieces = split_modules(denoiser)
+        for name, module in pieces.items():
+            _install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
+        for name, module in containers.items():
+            _install(module, lambda call, args, kwargs, name=name: self._run_container(name, call, args, kwargs))
+        _install(denoiser, self._run_denoiser)
+        trajectory.subscribe(self)
+
+    # -- handle -------------------------------------------------------------------------------------------------
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of boundary tensors that this process has sent so far."""
+        if self.exchange is not None:
+            return self.exchange.sent_bytes
+        return sum(exchange.sent_bytes for stream in self._streams.values() for exchange in stream.exchanges)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of boundary tensors that travel in an asynchronous step, over all ranks of a half; traced, not counted."""
+        if self.program is None:
+            return 0
+        layout, boundary = self.settings.layout, self.program.boundary
+        copies = [1 + (layout.stride - 1) * (stage == boundary.output_stage) for stage in range(layout.stages)]
+        return bytes_per_step(self.program.graph, boundary, copies)
+
+    def reset(self) -> None:
+        """Forgets the sample in work, with all stale values."""
+        for stream in self._streams.values():
+            for worker in [worker for half in stream.workers for worker in half]:
+                worker.drop()
+            for exchange in stream.exchanges:
+                exchange.drop()
+        self._streams.clear()
+
+    def remove(self) -> None:
+        """Gives the denoiser back as it was."""
+        self.reset()
+        self.trajectory.unsubscribe(self)
+        HookRegistry.check_if_exists_or_initialize(self.denoiser).remove_hook(HOOK, recurse=True)
+
+    # -- what the trajectory tells ------------------------------------------------------------------------------
+
+    def on_sample_begin(self, trajectory: Trajectory) -> None:
+        """Begins warm-up anew."""
+        for stream in self._streams.values():
+            stream.begins = 0
+            for worker in [worker for half in stream.workers for worker in half]:
+                worker.settle()
+
+    # -- one call of the denoiser -------------------------------------------------------------------------------
+
+    def _run_denoiser(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stream = self._streams.setdefault(self.trajectory.call, Stream())
+        inputs = [self._half_of(args, kwargs, half) for half in self.halves]
+        self._prepare(stream, inputs[0])
+        step = self.trajectory.position - stream.begins
+        num_steps = self.trajectory.num_steps - stream.begins
+        plan = self._plan(stream, step, num_steps)
+        if plan.is_exact:
+            last = step == self.settings.warm_up - 1
+            halves = [self._exact(stream, at, call, *inputs[at], fill=last) for at in range(len(inputs))]
+            if self.exchange is not None and self.settings.layout.cfg == 2:
+                halves = self.exchange.gather_halves(halves[0])
+        else:
+            self.asynchronous_steps += 1
+            halves = self._asynchronous(stream, plan, call, inputs)
+        assert stream.result is not None
+        return tree_unflatten(_into(join_halves(halves), stream.result[0]), stream.result[1])
+
+    def _half_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], half: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.settings.layout.cfg == 1:
+            return args, kwargs
+        return split_batch(self._forward, args, kwargs, half)
+
+    def _plan(self, stream: Stream, step: int, num_steps: int) -> StepPlan:
+        settings, layout = self.settings, self.settings.layout
+        return plan_step(
+            step,
+            num_steps,
+            stages=layout.stages,
+            stride=layout.stride,
+            warm_up=settings.warm_up,
+            time_shift=settings.time_shift,
+            output_stage=stream.program.boundary.output_stage if stream.program else None,
+        )
+
+    def _exact(
+        self,
+        stream: Stream,
+        at: int,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fill: bool,
+    ) -> list[torch.Tensor]:
+        """Runs the whole denoiser on one half; the last time in warm-up, its boundary tensors are kept."""
+        if fill and stream.program is not None:
+            with self._as(_Active(stream, at, None)):
+                result = call(*args, **kwargs)
+        else:
+            result = call(*args, **kwargs)
+        leaves, spec = tree_flatten(result)
+        stream.result = [_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def _asynchronous(
+        self,
+        stream: Stream,
+        plan: StepPlan,
+        call: Callable[..., Any],
+        inputs: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    ) -> list[list[torch.Tensor]]:
+        assert stream.program is not None
+        made: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for at, (args, kwargs) in enumerate(inputs):
+            for worker in stream.workers[at]:
+                turn = plan.turns[worker.rank]
+                if turn is None:
+                    continue
+                exchange = stream.exchanges[at]
+                if plan.exchanges:
+                    exchange.begin(worker, stream.program.messages, self.trajectory.position)
+                step = turn.timestep + stream.begins
+                given = with_timestep(self._forward, args, kwargs, self.trajectory, step)
+                with self._as(_Active(stream, at, worker, turn, plan.exchanges)):
+                    result = call(*given[0], **given[1])
+                if plan.exchanges:
+                    exchange.finish()
+                if worker.stage == stream.program.boundary.output_stage:
+                    made[at, worker.rank] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            if plan.exchanges:
+                for worker in stream.workers[at]:
+                    worker.turn_over()
+        return self._estimates(stream, plan, made)
+
+    def _estimates(
+        self, stream: Stream, plan: StepPlan, made: dict[tuple[int, int], list[torch.Tensor]]
+    ) -> list[list[torch.Tensor]]:
+        """The noise estimate of this step, in halves, on every rank."""
+        assert stream.program is not None
+        output_rank = stream.program.boundary.output_stage
+        ahead, halves = stream.ahead, []
+        # what the output stage made for the next step; only its rank has it
+        stream.ahead = [made.get((at, output_rank), []) for at in range(len(self.halves))]
+        for at, half in enumerate(self.halves):
+            halves.append(made.get((at, plan.estimate_from), []) if plan.is_new else ahead[at])
+        if self.exchange is None:
+            return halves
+        own, layout = halves[0], self.settings.layout
+        halves = []
+        for half in range(layout.cfg):
+            assert stream.result is not None
+            if half == self.half and plan.estimate_from == self.rank:
+                tensors = [tensor.contiguous() for tensor in own]
+            else:
+                device = self._device
+                tensors = [
+                    torch.empty(like.shape, dtype=like.dtype, device=device)
+                    for like in stream.result[0]
+                    if isinstance(like, torch.Tensor)
+                ]
+            self.exchange.broadcast(tensors, half * layout.stage_ranks + plan.estimate_from)
+            halves.append(tensors)
+        return halves
+
+    # -- before the first call of a kind ------------------------------------------------------------------------
+
+    def _prepare(self, stream: Stream, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        leaves, spec = tree_flatten(inputs)
+        tensors = tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else None for x in leaves)
+        signature = (tensors, spec)
+        if stream.signature == signature:
+            return
+        if self.trajectory.position > stream.begins:
+            warnings.warn(
+                f"The denoiser's inputs changed at step {self.trajectory.position} of a sample, so warm-up starts again.",
+                stacklevel=2,
+            )
+        for worker in [worker for half in stream.workers for worker in half]:
+            worker.drop()
+        stream.signature, stream.begins = signature, self.trajectory.position
+        stream.likes.clear()
+        self._device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+        if self.settings.layout.stages == 1:
+            return
+        if signature not in self._programs:
+            self._programs[signature] = self._make_program(*inputs)
+        self.program = stream.program = self._programs[signature]
+        layout, boundary = self.settings.layout, stream.program.boundary
+        stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
+        stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
+
+    def _make_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        layout = self.settings.layout
+        graph = trace(self._twin, args, kwargs, find_latents(self._forward, args, kwargs))
+        owner = find_cut(graph, layout.stages) if self.settings.cut is None else resolve_cut(graph, self.settings.cut)
+        boundary = find_boundary(graph, owner)
+        runs = [_containers_to_run(graph, boundary, stage) for stage in range(layout.stages)]
+        return Program(
+            graph,
+            boundary,
+            messages(boundary, layout.stages, layout.stage_ranks),
+            cut_names(graph, owner),
+            {unit.name: number for number, unit in enumerate(graph.units)},
+            runs,
+        )
+
+    # -- modules ------------------------------------------------------------------------------------------------
+
+    def _as(self, active: _Active) -> _Activation:
+        return _Activation(self, active)
+
+    def _run_piece(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        active = self._active
+        if active is None or (program := active.stream.program) is None or name not in program.numbers:
+            return call(*args, **kwargs)
+        number = program.numbers[name]
+        described = active.next_output(name, program.graph.units[number].outputs)
+        if active.worker is None or program.boundary.owner[number] == active.worker.stage:
+            output = call(*args, **kwargs)
+            active.made(described, output)
+            return output
+        return active.stand_in(described, (args, kwargs), self._device)
+
+    def _run_container(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        active = self._active
+        if active is None or (program := active.stream.program) is None or name not in program.graph.containers:
+            return call(*args, **kwargs)
+        described = active.next_output(name, program.graph.containers[name].outputs)
+        if active.worker is not None and name not in program.runs[active.worker.stage]:
+            return active.stand_in(described, (args, kwargs), self._device)
+        output = call(*args, **kwargs)
+        if not described.made:
+            return output
+        active.made(described, output)
+        return output if active.worker is None else active.with_stale_glue(described, output)
+
+
+@dataclass
+class _Active:
+    """What the hooks of units and containers do in the denoiser call in work."""
+
+    stream: Stream
+    half: int
+    worker: Worker | None
+    """The rank whose stage is computed; None computes everything, and keeps what the ranks will consume."""
+    turn: Turn | None = None
+    sends: bool = False
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def next_output(self, name: str, outputs: list[Output]) -> Output:
+        call = self.calls.get(name, 0)
+        self.calls[name] = call + 1
+        return outputs[call]
+
+    def made(self, described: Output, output: Any) -> None:
+        """Takes note of the values that a module just made."""
+        program = self.stream.program
+        assert program is not None
+        leaves = tree_leaves(output)
+        for at in described.made:
+            value = described.leaves[at].value
+            assert value is not None
+            if self.worker is None:
+                self.stream.likes[value] = _like(leaves[at])
+                for worker in self.stream.workers[self.half]:
+                    if value in worker.consumed:
+                        worker.store(value, leaves[at])
+            elif self.sends and program.boundary.maker[value] == self.worker.stage == self.worker.rank:
+                if value in program.boundary.consumers:
+                    self.stream.exchanges[self.half].send(value, leaves[at])
+
+    def stand_in(self, described: Output, inputs: Any, device: torch.device) -> Any:
+        """What a module returns that another rank computes: stale where it is consumed here, else absent."""
+        worker = self.worker
+        assert worker is not None
+        leaves: list[Any] = []
+        arguments: list[Any] | None = None
+        for leaf in described.leaves:
+            if leaf.value is not None:
+                if leaf.value in worker.consumed:
+                    leaves.append(worker.read(leaf.value))
+                else:
+                    leaves.append(Absent(self.stream.likes[leaf.value], device))
+            elif leaf.argument is not None:
+                arguments = tree_leaves(inputs) if arguments is None else arguments
+                leaves.append(arguments[leaf.argument])
+            else:
+                leaves.append(leaf.constant)
+        return tree_unflatten(leaves, described.spec)
+
+    def with_stale_glue(self, described: Output, output: Any) -> Any:
+        """Puts in what another stage's glue at the container's end made, where it is consumed here."""
+        program, worker = self.stream.program, self.worker
+        assert program is not None and worker is not None
+        leaves, spec = tree_flatten(output)
+        for at in described.made:
+            value = described.leaves[at].value
+            if value in worker.consumed:
+                leaves[at] = worker.read(value)
+        return tree_unflatten(leaves, spec)
+
+
+class _Activation:
+    def __init__(self, pipeline: StagePipeline, active: _Active) -> None:
+        self.pipeline, self.active = pipeline, active
+
+    def __enter__(self) -> None:
+        self.pipeline._active = self.active
+
+    def __exit__(self, *error: Any) -> None:
+        self.pipeline._active = None
+
+
+class _Replacement(ModelHook):
+    def __init__(self, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.fn_ref.original_forward, args, kwargs)
+
+
+def _install(module: nn.Module, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(_Replacement(run), HOOK)
+
+
+def _containers_to_run(graph: Graph, boundary: Boundary, stage: int) -> frozenset[str]:
+    """Containers with units of the stage, and those whose outputs only running them can give."""
+    found = set()
+    for name, container in graph.containers.items():
+        # a container below one that is passed over is never reached
+        glue = [
+            leaf.value is not None and boundary.maker[leaf.value] is None or not leaf.is_known
+            for output in container.outputs
+            for leaf in output.leaves
+        ]
+        outside = [
+            leaf.value is not None and graph.values[leaf.value].unit not in container.units
+            for output in container.outputs
+            for leaf in output.leaves
+        ]
+        if any(boundary.owner[unit] == stage for unit in container.units) or any(glue) or any(outside):
+            found.add(name)
+    return frozenset(found)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _into(tensors: list[torch.Tensor], leaves: list[Any]) -> list[Any]:
+    """Puts tensors, in order, where a result has tensors."""
+    rest = iter(tensors)
+    return [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]

@@ -1,0 +1,45 @@
+"""Giving a denoiser another step's timestep, in the form in which the pipeline gave its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from asyncdiff_pl.parallel.trajectory import Trajectory
+
+
+def with_timestep(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trajectory: Trajectory, step: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replaces the timestep among a denoiser's arguments.
+
+    Args:
+        forward: The denoiser's own forward, whose signature names the arguments.
+        args: Positional arguments of the call of step `trajectory.position`.
+        kwargs: Keyword arguments of that call.
+        trajectory: Where the pipeline stands.
+        step: Step of the sample whose timestep is given; beyond the last one, the last one's.
+    """
+    if step == trajectory.position:
+        return args, kwargs
+    timesteps = trajectory.timesteps
+    assert timesteps is not None
+    own = timesteps[trajectory.first_index + trajectory.position]
+    other = timesteps[min(trajectory.first_index + step, len(timesteps) - 1)]
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    given = bound.arguments["timestep"]
+    if isinstance(given, torch.Tensor):
+        other = other.to(given.device)
+        if given.dtype.is_floating_point:
+            # FLUX and its like divide what the scheduler says by a constant
+            own = own.to(given.device, torch.float64)
+            scale = torch.where(own == 0, 1.0, given.double() / own)
+            other = other.double() * scale
+        given = other.to(given.dtype).expand(given.shape)
+    else:
+        given = type(given)(other.item())
+    bound.arguments["timestep"] = given
+    return bound.args, bound.kwargs

@@ -1,0 +1,99 @@
+"""What one rank holds of the boundary tensors: those that it consumes, twice."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from asyncdiff_pl.parallel.exchange import Message, Pending
+from asyncdiff_pl.parallel.stages.boundary import Boundary
+
+
+class Worker:
+    """One stage rank's buffers: what it reads in this step, and what comes in for the next.
+
+    Args:
+        rank: Its number among the ranks that share a half of the guidance batch.
+        stage: The stage that it computes.
+        consumed: Values of other stages that it reads.
+    """
+
+    def __init__(self, rank: int, stage: int, consumed: Collection[int]) -> None:
+        self.rank = rank
+        self.stage = stage
+        self.consumed = frozenset(consumed)
+        self._current: dict[int, torch.Tensor] = {}
+        self._next: dict[int, torch.Tensor] = {}
+        self._expected: dict[int, Pending] = {}
+        self._pending: dict[int, Pending] = {}
+
+    def store(self, value: int, tensor: torch.Tensor) -> None:
+        """Keeps a copy of a value that this rank computed itself, in an exact step."""
+        if value not in self._current or self._current[value].shape != tensor.shape:
+            # inference tensors could not be written by the threads that receive
+            with torch.inference_mode(False):
+                self._current[value] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                self._next[value] = torch.empty_like(self._current[value])
+        self._current[value].copy_(tensor)
+
+    def read(self, value: int) -> torch.Tensor:
+        """The newest copy of another stage's value; waits for it if it is still under way."""
+        pending = self._pending.pop(value, None)
+        if pending is not None:
+            pending.wait()
+        return self._current[value]
+
+    def incoming(self, value: int) -> torch.Tensor:
+        """The buffer that a value is to be received into; it is read from the next round on."""
+        return self._next[value]
+
+    def expect(self, value: int, pending: Pending) -> None:
+        """Notes what must be waited for before that buffer is read."""
+        self._expected[value] = pending
+
+    def turn_over(self) -> None:
+        """Begins the next round: what came in is current."""
+        self.settle()
+        self._current, self._next = self._next, self._current
+        self._pending, self._expected = self._expected, {}
+
+    def settle(self) -> None:
+        """Waits for what nobody has read, so that its buffer can be received into again."""
+        for pending in self._pending.values():
+            pending.wait()
+        self._pending.clear()
+
+    def drop(self) -> None:
+        """Waits for all that is under way and forgets all values."""
+        self.settle()
+        self._pending, self._expected = self._expected, {}
+        self.settle()
+        self._current.clear()
+        self._next.clear()
+
+
+def stage_of(rank: int, stages: int, output_stage: int) -> int:
+    """The stage that a stage rank computes: its own, or for the extra rank of stride 2 the output stage."""
+    return rank if rank < stages else output_stage
+
+
+def make_workers(ranks: Sequence[int], stages: int, boundary: Boundary) -> list[Worker]:
+    """Workers for some stage ranks."""
+    found = []
+    for rank in ranks:
+        stage = stage_of(rank, stages, boundary.output_stage)
+        found.append(Worker(rank, stage, boundary.consumed_by(stage)))
+    return found
+
+
+def messages(boundary: Boundary, stages: int, stage_ranks: int) -> list[Message]:
+    """The messages of one round, in the order that all ranks keep to."""
+    found = []
+    for value in boundary.order:
+        source = boundary.maker[value]
+        assert source is not None
+        for target in range(stage_ranks):
+            if stage_of(target, stages, boundary.output_stage) in boundary.consumers[value]:
+                found.append(Message(value, source, target))
+    return found
