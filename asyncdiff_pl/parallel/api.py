@@ -146,7 +146,9 @@ def parallelize(
     agreement = Agreement(denoiser, trajectory, exchange, warm_up) if exchange else None
     pipeline = None
     if layout.pipeline_ranks > 1:
-        pipeline = StagePipeline(denoiser, trajectory, Settings(layout, warm_up, time_shift, cut), exchange, coordinates)
+        pipeline = StagePipeline(
+            denoiser, trajectory, Settings(layout, warm_up, time_shift, cut), exchange, coordinates
+        )
     return Parallel(pipeline, agreement, trajectory, owns_trajectory, layout)
 
 

@@ -16,10 +16,11 @@ class Absent(torch.Tensor):
     """Stands for a tensor of which only shape, number format and device are known."""
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, device: torch.device) -> Absent:
+    def __new__(cls: type[Absent], like: torch.Tensor, device: torch.device) -> Absent:
         """Makes one.
 
         Args:
+            cls: This class.
             like: A tensor of that shape, strides and number format, on any device; the meta device will do.
             device: The device that the tensor says it is on.
         """

@@ -1,9 +1,9 @@
 """Which stage owns which unit: a cut that is given by module names, or found.
 
-A found cut is contiguous in the order of execution, or folded: its last stage owns both ends of the denoiser, which keeps
-the large outer skip connections at home. The slowest stage's share of the operations counts first; among cuts within
-`TOLERANCE` of the best, the one with the fewest stale bytes is taken. Operations are counted, not measured, so that every
-rank and every run comes to the same cut.
+A found cut is contiguous in the order of execution, or folded: its last stage owns both ends of the denoiser, which
+keeps the large outer skip connections at home. The slowest stage's share of the operations counts first; among cuts
+within `TOLERANCE` of the best, the one with the fewest stale bytes is taken. Operations are counted, not measured, so
+that every rank and every run comes to the same cut.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from asyncdiff_pl.parallel.stages.units import LATENTS, Graph
 
@@ -66,7 +67,7 @@ def find_cut(graph: Graph, stages: int) -> list[int]:
     _, _, bounds = min(search.partitions(stages, limit))
     # bounds: where each stage but the last begins, and where the last one's second part begins
     owner = [stages - 1] * len(graph.units)
-    for stage, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stage, (start, end) in enumerate(pairwise(bounds)):
         owner[start:end] = [stage] * (end - start)
     return owner
 
@@ -99,6 +100,7 @@ class _Search:
         """Operations of the units before each."""
         for unit in graph.units:
             self.before.append(self.before[-1] + unit.flops)
+        self._span_cache: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def cost(self, start: int, end: int) -> int:
         return self.before[end] - self.before[start]
@@ -155,8 +157,6 @@ class _Search:
 
     def _spans(self, start: int, limit: int) -> list[tuple[int, int]]:
         """Ends of a contiguous stage that begins at `start`, with the bytes that it takes in from before."""
-        if not hasattr(self, "_span_cache"):
-            self._span_cache: dict[tuple[int, int], list[tuple[int, int]]] = {}
         if (start, limit) not in self._span_cache:
             spans = []
             taken: dict[int, int] = {}

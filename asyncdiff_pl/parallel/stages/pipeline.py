@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange, Message
-from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
+from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
+from asyncdiff_pl.parallel.guidance import join_halves, split_batch
 from asyncdiff_pl.parallel.layout import Layout
-from asyncdiff_pl.parallel.stages.absent import Absent
-from asyncdiff_pl.parallel.stages.boundary import Boundary, bytes_per_step, find_boundary
-from asyncdiff_pl.parallel.stages.cut import cut_names, find_cut, resolve_cut
-from asyncdiff_pl.parallel.stages.schedule import StepPlan, Turn, plan_step
+from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
+from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
+from asyncdiff_pl.parallel.stages.program import Program
+from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.timestep import with_timestep
-from asyncdiff_pl.parallel.stages.units import Graph, Output, meta_twin, split_modules, trace
-from asyncdiff_pl.parallel.stages.worker import Worker, make_workers, messages
+from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
+from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 
 HOOK = "asyncdiff_pl"
+"""Name of our hooks in diffusers' registry."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a denoiser call."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +51,6 @@ class Settings:
     warm_up: int = 3
     time_shift: bool = False
     cut: Sequence[Sequence[str]] | None = None
-
-
-@dataclass
-class Program:
-    """A denoiser's graph and cut for inputs of one structure."""
-
-    graph: Graph
-    boundary: Boundary
-    messages: list[Message]
-    cut: list[list[str]]
-    numbers: dict[str, int]
-    """Number of each unit by its module name."""
-    runs: list[frozenset[str]]
-    """For each stage the containers that it must run through; it passes over all others."""
-
-
-@dataclass
-class Stream:
-    """One of the denoiser calls that a step makes: it has its own stale values."""
-
-    signature: Any = None
-    begins: int = 0
-    """Step at which its warm-up began."""
-    program: Program | None = None
-    workers: list[list[Worker]] = field(default_factory=list)
-    """For each half of the guidance batch that this process computes, its stage ranks."""
-    exchanges: list[Exchange | LocalExchange] = field(default_factory=list)
-    likes: dict[int, torch.Tensor] = field(default_factory=dict)
-    """For each value a tensor on the meta device like it."""
-    result: tuple[list[torch.Tensor], TreeSpec] | None = None
-    """Tensors like those of a result, for one half, on the meta device; and how a result is nested."""
-    ahead: list[list[torch.Tensor]] = field(default_factory=list)
-    """Estimates of the next step that were made in this one, one a half."""
 
 
 class StagePipeline(TrajectoryListener):
@@ -117,7 +88,7 @@ class StagePipeline(TrajectoryListener):
         self._streams: dict[int, Stream] = {}
         self._forward = denoiser.forward
         self._twin = meta_twin(denoiser)
-        self._active: _Active | None = None
+        self._active: StageCall | None = None
         containers, pieces = split_modules(denoiser)
         for name, module in pieces.items():
             _install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
@@ -137,7 +108,7 @@ class StagePipeline(TrajectoryListener):
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of boundary tensors that travel in an asynchronous step, over all ranks of a half; traced, not counted."""
+        """Bytes of boundary tensors that travel in an asynchronous step, over all ranks of a half; as traced."""
         if self.program is None:
             return 0
         layout, boundary = self.settings.layout, self.program.boundary
@@ -179,7 +150,7 @@ class StagePipeline(TrajectoryListener):
         plan = self._plan(stream, step, num_steps)
         if plan.is_exact:
             last = step == self.settings.warm_up - 1
-            halves = [self._exact(stream, at, call, *inputs[at], fill=last) for at in range(len(inputs))]
+            halves = [self._exact(stream, at, call, inputs[at], fill=last) for at in range(len(inputs))]
             if self.exchange is not None and self.settings.layout.cfg == 2:
                 halves = self.exchange.gather_halves(halves[0])
         else:
@@ -188,9 +159,7 @@ class StagePipeline(TrajectoryListener):
         assert stream.result is not None
         return tree_unflatten(_into(join_halves(halves), stream.result[0]), stream.result[1])
 
-    def _half_of(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], half: int
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _half_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Inputs:
         if self.settings.layout.cfg == 1:
             return args, kwargs
         return split_batch(self._forward, args, kwargs, half)
@@ -208,22 +177,15 @@ class StagePipeline(TrajectoryListener):
         )
 
     def _exact(
-        self,
-        stream: Stream,
-        at: int,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        fill: bool,
+        self, stream: Stream, at: int, call: Callable[..., Any], inputs: Inputs, fill: bool
     ) -> list[torch.Tensor]:
         """Runs the whole denoiser on one half; the last time in warm-up, its boundary tensors are kept."""
         if fill and stream.program is not None:
-            with self._as(_Active(stream, at, None)):
-                result = call(*args, **kwargs)
+            result = self._run_in(StageCall(stream, at, self._device), call, *inputs)
         else:
-            result = call(*args, **kwargs)
+            result = call(*inputs[0], **inputs[1])
         leaves, spec = tree_flatten(result)
-        stream.result = [_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+        stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def _asynchronous(
@@ -231,7 +193,7 @@ class StagePipeline(TrajectoryListener):
         stream: Stream,
         plan: StepPlan,
         call: Callable[..., Any],
-        inputs: list[tuple[tuple[Any, ...], dict[str, Any]]],
+        inputs: list[Inputs],
     ) -> list[list[torch.Tensor]]:
         assert stream.program is not None
         made: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -245,8 +207,8 @@ class StagePipeline(TrajectoryListener):
                     exchange.begin(worker, stream.program.messages, self.trajectory.position)
                 step = turn.timestep + stream.begins
                 given = with_timestep(self._forward, args, kwargs, self.trajectory, step)
-                with self._as(_Active(stream, at, worker, turn, plan.exchanges)):
-                    result = call(*given[0], **given[1])
+                stage_call = StageCall(stream, at, self._device, worker, plan.exchanges)
+                result = self._run_in(stage_call, call, *given)
                 if plan.exchanges:
                     exchange.finish()
                 if worker.stage == stream.program.boundary.output_stage:
@@ -265,7 +227,7 @@ class StagePipeline(TrajectoryListener):
         ahead, halves = stream.ahead, []
         # what the output stage made for the next step; only its rank has it
         stream.ahead = [made.get((at, output_rank), []) for at in range(len(self.halves))]
-        for at, half in enumerate(self.halves):
+        for at in range(len(self.halves)):
             halves.append(made.get((at, plan.estimate_from), []) if plan.is_new else ahead[at])
         if self.exchange is None:
             return halves
@@ -278,9 +240,9 @@ class StagePipeline(TrajectoryListener):
             else:
                 device = self._device
                 tensors = [
-                    torch.empty(like.shape, dtype=like.dtype, device=device)
-                    for like in stream.result[0]
-                    if isinstance(like, torch.Tensor)
+                    torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+                    for leaf in stream.result[0]
+                    if isinstance(leaf, torch.Tensor)
                 ]
             self.exchange.broadcast(tensors, half * layout.stage_ranks + plan.estimate_from)
             halves.append(tensors)
@@ -288,7 +250,7 @@ class StagePipeline(TrajectoryListener):
 
     # -- before the first call of a kind ------------------------------------------------------------------------
 
-    def _prepare(self, stream: Stream, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    def _prepare(self, stream: Stream, inputs: Inputs) -> None:
         leaves, spec = tree_flatten(inputs)
         tensors = tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else None for x in leaves)
         signature = (tensors, spec)
@@ -296,7 +258,7 @@ class StagePipeline(TrajectoryListener):
             return
         if self.trajectory.position > stream.begins:
             warnings.warn(
-                f"The denoiser's inputs changed at step {self.trajectory.position} of a sample, so warm-up starts again.",
+                f"The denoiser's inputs changed at step {self.trajectory.position} of a sample: warm-up starts again.",
                 stacklevel=2,
             )
         for worker in [worker for half in stream.workers for worker in half]:
@@ -307,132 +269,30 @@ class StagePipeline(TrajectoryListener):
         if self.settings.layout.stages == 1:
             return
         if signature not in self._programs:
-            self._programs[signature] = self._make_program(*inputs)
+            self._programs[signature] = Program.make(
+                self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs
+            )
         self.program = stream.program = self._programs[signature]
         layout, boundary = self.settings.layout, stream.program.boundary
         stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
 
-    def _make_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        layout = self.settings.layout
-        graph = trace(self._twin, args, kwargs, find_latents(self._forward, args, kwargs))
-        owner = find_cut(graph, layout.stages) if self.settings.cut is None else resolve_cut(graph, self.settings.cut)
-        boundary = find_boundary(graph, owner)
-        runs = [_containers_to_run(graph, boundary, stage) for stage in range(layout.stages)]
-        return Program(
-            graph,
-            boundary,
-            messages(boundary, layout.stages, layout.stage_ranks),
-            cut_names(graph, owner),
-            {unit.name: number for number, unit in enumerate(graph.units)},
-            runs,
-        )
-
     # -- modules ------------------------------------------------------------------------------------------------
 
-    def _as(self, active: _Active) -> _Activation:
-        return _Activation(self, active)
+    def _run_in(
+        self, stage_call: StageCall, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._active = stage_call
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._active = None
 
     def _run_piece(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        active = self._active
-        if active is None or (program := active.stream.program) is None or name not in program.numbers:
-            return call(*args, **kwargs)
-        number = program.numbers[name]
-        described = active.next_output(name, program.graph.units[number].outputs)
-        if active.worker is None or program.boundary.owner[number] == active.worker.stage:
-            output = call(*args, **kwargs)
-            active.made(described, output)
-            return output
-        return active.stand_in(described, (args, kwargs), self._device)
+        return self._active.run_piece(name, call, args, kwargs) if self._active else call(*args, **kwargs)
 
     def _run_container(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        active = self._active
-        if active is None or (program := active.stream.program) is None or name not in program.graph.containers:
-            return call(*args, **kwargs)
-        described = active.next_output(name, program.graph.containers[name].outputs)
-        if active.worker is not None and name not in program.runs[active.worker.stage]:
-            return active.stand_in(described, (args, kwargs), self._device)
-        output = call(*args, **kwargs)
-        if not described.made:
-            return output
-        active.made(described, output)
-        return output if active.worker is None else active.with_stale_glue(described, output)
-
-
-@dataclass
-class _Active:
-    """What the hooks of units and containers do in the denoiser call in work."""
-
-    stream: Stream
-    half: int
-    worker: Worker | None
-    """The rank whose stage is computed; None computes everything, and keeps what the ranks will consume."""
-    turn: Turn | None = None
-    sends: bool = False
-    calls: dict[str, int] = field(default_factory=dict)
-
-    def next_output(self, name: str, outputs: list[Output]) -> Output:
-        call = self.calls.get(name, 0)
-        self.calls[name] = call + 1
-        return outputs[call]
-
-    def made(self, described: Output, output: Any) -> None:
-        """Takes note of the values that a module just made."""
-        program = self.stream.program
-        assert program is not None
-        leaves = tree_leaves(output)
-        for at in described.made:
-            value = described.leaves[at].value
-            assert value is not None
-            if self.worker is None:
-                self.stream.likes[value] = _like(leaves[at])
-                for worker in self.stream.workers[self.half]:
-                    if value in worker.consumed:
-                        worker.store(value, leaves[at])
-            elif self.sends and program.boundary.maker[value] == self.worker.stage == self.worker.rank:
-                if value in program.boundary.consumers:
-                    self.stream.exchanges[self.half].send(value, leaves[at])
-
-    def stand_in(self, described: Output, inputs: Any, device: torch.device) -> Any:
-        """What a module returns that another rank computes: stale where it is consumed here, else absent."""
-        worker = self.worker
-        assert worker is not None
-        leaves: list[Any] = []
-        arguments: list[Any] | None = None
-        for leaf in described.leaves:
-            if leaf.value is not None:
-                if leaf.value in worker.consumed:
-                    leaves.append(worker.read(leaf.value))
-                else:
-                    leaves.append(Absent(self.stream.likes[leaf.value], device))
-            elif leaf.argument is not None:
-                arguments = tree_leaves(inputs) if arguments is None else arguments
-                leaves.append(arguments[leaf.argument])
-            else:
-                leaves.append(leaf.constant)
-        return tree_unflatten(leaves, described.spec)
-
-    def with_stale_glue(self, described: Output, output: Any) -> Any:
-        """Puts in what another stage's glue at the container's end made, where it is consumed here."""
-        program, worker = self.stream.program, self.worker
-        assert program is not None and worker is not None
-        leaves, spec = tree_flatten(output)
-        for at in described.made:
-            value = described.leaves[at].value
-            if value in worker.consumed:
-                leaves[at] = worker.read(value)
-        return tree_unflatten(leaves, spec)
-
-
-class _Activation:
-    def __init__(self, pipeline: StagePipeline, active: _Active) -> None:
-        self.pipeline, self.active = pipeline, active
-
-    def __enter__(self) -> None:
-        self.pipeline._active = self.active
-
-    def __exit__(self, *error: Any) -> None:
-        self.pipeline._active = None
+        return self._active.run_container(name, call, args, kwargs) if self._active else call(*args, **kwargs)
 
 
 class _Replacement(ModelHook):
@@ -446,30 +306,6 @@ class _Replacement(ModelHook):
 
 def _install(module: nn.Module, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(_Replacement(run), HOOK)
-
-
-def _containers_to_run(graph: Graph, boundary: Boundary, stage: int) -> frozenset[str]:
-    """Containers with units of the stage, and those whose outputs only running them can give."""
-    found = set()
-    for name, container in graph.containers.items():
-        # a container below one that is passed over is never reached
-        glue = [
-            leaf.value is not None and boundary.maker[leaf.value] is None or not leaf.is_known
-            for output in container.outputs
-            for leaf in output.leaves
-        ]
-        outside = [
-            leaf.value is not None and graph.values[leaf.value].unit not in container.units
-            for output in container.outputs
-            for leaf in output.leaves
-        ]
-        if any(boundary.owner[unit] == stage for unit in container.units) or any(glue) or any(outside):
-            found.add(name)
-    return frozenset(found)
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _into(tensors: list[torch.Tensor], leaves: list[Any]) -> list[Any]:

@@ -1,0 +1,89 @@
+"""What a denoiser's call is, once it is cut: the graph, the boundary tensors, and what each stage must run through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from asyncdiff_pl.parallel.exchange import Message
+from asyncdiff_pl.parallel.guidance import find_latents
+from asyncdiff_pl.parallel.layout import Layout
+from asyncdiff_pl.parallel.stages.boundary import Boundary, find_boundary
+from asyncdiff_pl.parallel.stages.cut import cut_names, find_cut, resolve_cut
+from asyncdiff_pl.parallel.stages.units import Graph, trace
+from asyncdiff_pl.parallel.stages.worker import messages
+
+
+@dataclass
+class Program:
+    """A denoiser's graph and cut for inputs of one structure.
+
+    Args:
+        graph: Units and values.
+        boundary: Boundary tensors of the cut.
+        messages: Messages of a round, in the order that all ranks keep to.
+        cut: For each stage the names of its modules.
+        numbers: Number of each unit by its module name.
+        runs: For each stage the containers that it must run through; it passes over all others.
+    """
+
+    graph: Graph
+    boundary: Boundary
+    messages: list[Message]
+    cut: list[list[str]]
+    numbers: dict[str, int]
+    runs: list[frozenset[str]]
+
+    @classmethod
+    def make(
+        cls,
+        twin: nn.Module,
+        forward: Callable[..., Any],
+        layout: Layout,
+        cut: Sequence[Sequence[str]] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Program:
+        """Traces a denoiser and cuts it.
+
+        Args:
+            twin: The denoiser on the meta device.
+            forward: Its own forward.
+            layout: Stages and stride.
+            cut: For each stage the names of its modules; None finds a cut.
+            args: Positional arguments of a call.
+            kwargs: Keyword arguments of that call.
+
+        Raises:
+            ValueError: The cut does not fit the denoiser, or there are more stages than units.
+        """
+        graph = trace(twin, args, kwargs, find_latents(forward, args, kwargs))
+        owner = find_cut(graph, layout.stages) if cut is None else resolve_cut(graph, cut)
+        boundary = find_boundary(graph, owner)
+        return cls(
+            graph,
+            boundary,
+            messages(boundary, layout.stages, layout.stage_ranks),
+            cut_names(graph, owner),
+            {unit.name: number for number, unit in enumerate(graph.units)},
+            [_containers_to_run(graph, boundary, stage) for stage in range(layout.stages)],
+        )
+
+
+def _containers_to_run(graph: Graph, boundary: Boundary, stage: int) -> frozenset[str]:
+    """Containers with units of the stage, and those whose outputs only running them can give."""
+    found = set()
+    for name, container in graph.containers.items():
+        leaves = [leaf for output in container.outputs for leaf in output.leaves]
+        values = [leaf.value for leaf in leaves if leaf.value is not None]
+        if (
+            any(boundary.owner[unit] == stage for unit in container.units)
+            or not all(leaf.is_known for leaf in leaves)
+            or any(boundary.maker[value] is None for value in values)
+            or any(graph.values[value].unit not in container.units for value in values)
+        ):
+            found.add(name)
+    return frozenset(found)
