@@ -1,0 +1,188 @@
+"""The run's tables: a row a sample while it runs, a row for each step count at its end; a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from asyncdiff_pl.callbacks.configuration import COLUMNS, configuration, difference, settings
+from asyncdiff_pl.callbacks.roles import (
+    data_rank,
+    gather,
+    is_leader,
+    log_folder,
+    run_metrics,
+    tensorboard,
+    write_atomically,
+)
+from asyncdiff_pl.callbacks.sample_table import (
+    PartFile,
+    Row,
+    cell,
+    gather_parts,
+    key_of,
+    part_path,
+    read_table,
+    row_of,
+    summarise,
+    write_table,
+)
+from asyncdiff_pl.models.base import Prediction
+
+log = logging.getLogger(__name__)
+
+RUN_METRICS = ("peak_memory_gib", "mib_per_step")
+
+
+class Results(Callback):
+    """Writes `samples.csv` and `results.csv`, and lets a run that was stopped go on where it was.
+
+    A sample's row is on disk as soon as it is finished, after all other callbacks have seen it: this one moves itself
+    to the end of the trainer's callbacks. A run into a log folder that holds samples leaves those out and goes on; with
+    other settings than `settings.json` there, it is an error. `results.csv` is about all samples of the folder: one row
+    for each step count, times over timed samples only, standard deviations of the population.
+
+    The columns `peak_memory_gib` and `mib_per_step` are those of the latest run that made samples of the step count.
+    """
+
+    def __init__(self) -> None:
+        self.done: set[tuple[int, str]] = set()
+        """Keys `(steps, id)` of the samples that earlier runs into this folder made."""
+        self._folder: Path | None = None
+        self._part: PartFile | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Log folder of the run."""
+        if self._folder is None:
+            raise RuntimeError("The log folder is known only after `setup()`.")
+        return self._folder
+
+    # -- what was done before -----------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict":
+            return
+        # a new list: Lightning is walking through the old one just now
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
+        self._folder = log_folder(trainer)
+        self._part = PartFile(part_path(self.folder, data_rank(trainer)))
+        self._refuse_other_settings(trainer, pl_module, complete=False)
+        rows = gather_parts(self.folder) if trainer.is_global_zero else []
+        self.done = set(trainer.strategy.broadcast([key_of(row) for row in rows]))
+        if not self.done:
+            return
+        if hasattr(trainer.datamodule, "exclude"):
+            trainer.datamodule.exclude(self.done)
+            _say(trainer, f"{len(self.done)} samples are done in {self.folder}: going on with the others.")
+        else:
+            _say(trainer, f"{len(self.done)} samples are done in {self.folder}, but the data cannot leave them out.")
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a cut, say, is known only now
+        self._refuse_other_settings(trainer, pl_module, complete=True)
+        if trainer.is_global_zero:
+            text = json.dumps(settings(trainer, pl_module), indent=1) + "\n"
+            write_atomically(self.folder / "settings.json", lambda file: file.write(text.encode()))
+
+    def _refuse_other_settings(self, trainer: Trainer, pl_module: LightningModule, complete: bool) -> None:
+        problem = None
+        if trainer.is_global_zero:
+            problem = difference(self.folder, settings(trainer, pl_module), complete)
+        # all ranks stop for the same reason
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise ValueError(problem)
+
+    # -- samples ------------------------------------------------------------------------------------------------
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Sequence[Prediction],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._part is not None
+        if is_leader(trainer):
+            for prediction in outputs:
+                self._part.append(row_of(prediction))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._part is not None:
+            self._part.close()
+        if isinstance(exception, KeyboardInterrupt) and self._folder is not None:
+            _say(trainer, f"Stopped; what is done is kept. Go on with: --resume {self.folder}")
+
+    # -- step counts --------------------------------------------------------------------------------------------
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._part is not None
+        self._part.close()
+        # the rows themselves meet, not only their files: data groups need not share a disk
+        parts = gather(trainer, self._part.rows)
+        if parts is None:
+            return
+        new = [row for part in parts for row in part]
+        rows = gather_parts(self.folder, new)
+        results = self._results(trainer, pl_module, rows, {int(row["steps"]) for row in new})
+        columns = dict.fromkeys(name for row in results for name in row)
+        write_table(self.folder / "results.csv", results, list(columns))
+        writer = tensorboard(trainer)
+        for row in results:
+            for name in ("avg_score", "avg_time", "avg_step_latency_ms"):
+                if writer is not None and row[name]:
+                    writer.add_scalar(f"results/{name}", float(row[name]), int(row["steps"]))
+            if row["timed_samples"] == "0":
+                log.warning(
+                    "steps=%s: the time cells are empty, since no sample was timed (a process's first call is not).",
+                    row["steps"],
+                )
+        _say(trainer, report(results))
+        _say(trainer, f"results: {self.folder}")
+
+    def _results(self, trainer: Trainer, pl_module: LightningModule, rows: Sequence[Row], made: set[int]) -> list[Row]:
+        before = {int(row["steps"]): row for row in read_table(self.folder / "results.csv")}
+        measured = run_metrics(trainer)
+        described = {name: cell(value) for name, value in configuration(trainer, pl_module).items()}
+        results = []
+        for steps, averages in summarise(rows).items():
+            kept = before.get(steps, {}) if steps not in made else {}
+            run = {name: kept.get(name) or cell(measured.get(name)) for name in (*RUN_METRICS, *measured)}
+            results.append({**averages, **run, **{name: described[name] for name in COLUMNS}, **described})
+        return results
+
+
+def report(results: Sequence[Row]) -> str:
+    """A small table for the terminal: steps, score, seconds and step latency."""
+    lines = [("steps", "samples", "score", "seconds", "ms a step")]
+    for row in results:
+        score, seconds = (
+            f"{float(row[f'avg_{name}']):.4g} ± {float(row[f'std_{name}']):.2g}" if row[f"avg_{name}"] else "-"
+            for name in ("score", "time")
+        )
+        latency = f"{float(row['avg_step_latency_ms']):.4g}" if row["avg_step_latency_ms"] else "-"
+        lines.append((row["steps"], row["samples"], score, seconds, latency))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+    if results and results[0]["scorer"]:
+        table.append(f"score by {results[0]['scorer']}")
+    return "\n".join(table)
+
+
+def _say(trainer: Trainer, text: str) -> None:
+    if trainer.is_global_zero:
+        print(text, flush=True)
