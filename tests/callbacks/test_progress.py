@@ -1,0 +1,67 @@
+import io
+import sys
+
+import pytest
+
+from asyncdiff_pl.callbacks import DiffusionProgressBar, Results
+from asyncdiff_pl.callbacks.progress import Measured, Pace
+
+NOTHING = Measured(0, 0, 0, 0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_log_file_gets_one_line_a_sample(run, capsys):
+    run([DiffusionProgressBar()], bar=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "steps)" in line]
+    assert [line.split(":")[0] for line in lines] == ["1/3 1 (2 steps)", "2/3 2 (2 steps)", "3/3 10 (2 steps)"]
+    assert "ms a step" in lines[0]
+    assert "left" in lines[0]
+    assert "left" not in lines[2]
+
+
+def test_a_terminal_shows_the_step_in_work_and_the_time_left(run, tiny_predictor, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run([DiffusionProgressBar(refresh_seconds=0)], tiny_predictor(4), bar=True)
+    text = terminal.getvalue()
+    assert "step 3/4" in text
+    assert "ms a step" in text
+    assert "00:00 left" in text
+    assert "3/3" in text
+    assert "(4 steps)" not in text
+
+
+def test_a_run_that_goes_on_counts_what_is_left(run, tiny_predictor, capsys):
+    with pytest.raises(RuntimeError):
+        run([DiffusionProgressBar(), Results()], tiny_predictor(fail_at="2"), bar=True)
+    capsys.readouterr()
+    run([DiffusionProgressBar(), Results()], bar=True)
+    text = capsys.readouterr().out
+    assert "1/2 2 (2 steps)" in text
+    assert "2/2 10 (2 steps)" in text
+    run([DiffusionProgressBar(), Results()], bar=True)
+
+
+@pytest.mark.parametrize(
+    ("planned", "done", "running", "left"),
+    [
+        ([[4], [4]], [], NOTHING, None),
+        ([[4], [4]], [], Measured(0, 2, 1.0, 0), 3.0),
+        ([[4], [4]], [Measured(1, 4, 2.0, 3.0)], NOTHING, 5.0),
+        # the first batch's one-time work is left out, and step counts differ
+        ([[4], [4], [8], [8]], [Measured(1, 4, 90.0, 9.0), Measured(1, 4, 2.0, 3.0)], NOTHING, 14.0),
+        ([[4], [4], [8]], [Measured(1, 4, 90.0, 9.0), Measured(1, 4, 2.0, 3.0)], Measured(0, 6, 3.0, 0), 4.0),
+        # samples of one step count share a call
+        ([[4, 4], [4, 4]], [Measured(2, 4, 2.0, 1.0)], NOTHING, 3.0),
+        ([[4]], [Measured(1, 4, 2.0, 1.0)], NOTHING, 0.0),
+    ],
+)
+def test_the_time_left_counts_steps_and_what_is_between(planned, done, running, left):
+    pace = Pace(planned)
+    for batch in done:
+        pace.finish(batch)
+    assert pace.left(running) == (left if left is None else pytest.approx(left))
