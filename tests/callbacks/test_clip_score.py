@@ -1,0 +1,31 @@
+import pytest
+
+from asyncdiff_pl.callbacks import CLIPScore, Results
+from asyncdiff_pl.callbacks.sample_table import read_table
+from asyncdiff_pl.metrics.text_image import TextImageScore
+from asyncdiff_pl.models.clip import load_clip
+
+
+def test_every_sample_is_scored_and_the_scorer_is_named(run):
+    callback = CLIPScore("tiny-clip", batch_size=2)
+    predictions = run([Results(), callback])
+    rows = read_table(run.folder / "samples.csv")
+    score = TextImageScore(*load_clip("tiny-clip"))
+    for (prediction,), row in zip(predictions, rows, strict=True):
+        expected = score(prediction.frames, prediction.sample.captions).item()
+        assert float(row["score"]) == pytest.approx(expected, abs=1e-3)
+        assert row["scorer"] == callback.scorer
+    (result,) = read_table(run.folder / "results.csv")
+    assert result["scorer"] == callback.scorer
+    scalars = run.events().Scalars(f"score/{callback.scorer}/steps=2")
+    assert [event.value for event in scalars] == pytest.approx([float(row["score"]) for row in rows], abs=1e-3)
+
+
+def test_the_embedded_model_keeps_its_name():
+    assert CLIPScore("tiny-clip").scorer in ("tiny-clip", "tiny-clip (random weights)")
+    assert CLIPScore().scorer == "openai/clip-vit-base-patch32"
+
+
+def test_a_batch_without_frames_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        CLIPScore(batch_size=0)
