@@ -35,6 +35,24 @@ class Sample:
         return self.steps, self.id
 
 
+class UnreadableSample(Exception):
+    """Raised by a dataset for a sample that cannot be read: the run reports it, counts it and goes on without it.
+
+    Args:
+        source: The file that cannot be read.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, source: str, reason: str) -> None:
+        # both go to the base class: that is what travels from a data worker to the main process
+        super().__init__(source, reason)
+        self.source = source
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.source} cannot be read: {self.reason}"
+
+
 class StepSweep(Dataset[Sample]):
     """The samples once for each step count, step count by step count, less those that are done.
 
