@@ -8,6 +8,9 @@ is: it is already shared out, and a group that has nothing to do gets one empty 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -59,6 +62,7 @@ class SampleBatches:
             num_workers=num_workers,
             # a forked child would inherit the locks of communication threads in whatever state they are
             multiprocessing_context="forkserver" if num_workers else None,
+            worker_init_fn=_end_with_main_process,
             collate_fn=list,
         )
         self._on_unreadable = on_unreadable
@@ -75,6 +79,21 @@ class SampleBatches:
                 else:
                     samples.append(item)
             yield samples
+
+
+def _end_with_main_process(worker: int) -> None:
+    """Ends this data worker as soon as the main process is gone, however that ended.
+
+    PyTorch's workers watch the process that forked them. That is the fork server, and it ends only after its workers.
+    """
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+
+    def wait() -> None:
+        main_process.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Caught(Dataset["Sample | UnreadableSample"]):
