@@ -12,7 +12,7 @@ from typing_extensions import override
 from asyncdiff_pl.callbacks.roles import SampleCount, is_leader, tensorboard
 from asyncdiff_pl.metrics.text_image import TextImageScore
 from asyncdiff_pl.models.base import Prediction
-from asyncdiff_pl.models.clip import is_random, load_clip
+from asyncdiff_pl.models.clip import check_clip, is_random, load_clip
 
 
 class CLIPScore(Callback):
@@ -47,6 +47,7 @@ class CLIPScore(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
+        check_clip(self.model)  # on all ranks, so that none waits for one that has stopped
         # the first rank of each node goes first, so that a download happens once a node
         first = trainer.local_rank == 0
         loaded = load_clip(self.model) if first else None
