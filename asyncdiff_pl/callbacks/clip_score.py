@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from asyncdiff_pl.callbacks.roles import SampleCount, is_leader, tensorboard
@@ -46,6 +47,9 @@ class CLIPScore(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
+            return
+        if getattr(pl_module, "weights", None) == "random":
+            rank_zero_info("weights are random, as asked: the pictures mean nothing and are not scored")
             return
         check_clip(self.model)  # on all ranks, so that none waits for one that has stopped
         # the first rank of each node goes first, so that a download happens once a node

@@ -17,7 +17,15 @@ from torch import nn
 from typing_extensions import override
 
 from asyncdiff_pl.data.sample import Sample
-from asyncdiff_pl.models.loading import WeightsSource, build_scheduler, load_pipeline, prepare_download
+from asyncdiff_pl.models.loading import (
+    WeightsSource,
+    build_scheduler,
+    check_pretrained,
+    describe_weights,
+    find_scheduler,
+    load_pipeline,
+    prepare_download,
+)
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -119,7 +127,34 @@ class DiffusionPredictor(LightningModule):
         """Pictures that each sample yields, to foresee the disk space."""
         return 1
 
+    def example_call(self, height: int, width: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+        """A denoiser on the meta device and the arguments of one call, to foresee a run's time.
+
+        Args:
+            height: Height of the pictures, in pixels.
+            width: Width of the pictures, in pixels.
+
+        Returns:
+            The denoiser without weights, positional and keyword arguments; None if the module cannot tell.
+        """
+        return None
+
     # -- the pipeline -------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Tells bad arguments early, before any weight is loaded.
+
+        Raises:
+            ValueError: In one sentence, with the value and the remedy.
+        """
+        check_pretrained(self.pipeline_class, self.pretrained, self.weights)
+        if self.scheduler_name is not None:
+            find_scheduler(self.scheduler_name)
+
+    @property
+    def weights_description(self) -> str:
+        """`pretrained` or `random`: what the weights really are."""
+        return describe_weights(self.pretrained, self.weights)
 
     @property
     def pipeline(self) -> DiffusionPipeline:

@@ -1,0 +1,74 @@
+"""CLIP for scores: from the hub, a folder, or the tiny one that ships with the package."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from asyncdiff_pl.models.loading import MODELS_FOLDER, find_folder, has_weights, quiet_libraries, read_json
+from asyncdiff_pl.models.random_weights import build_random_model
+
+EMBEDDED_CLIP = ("tiny-clip",)
+"""CLIP models that ship with the package, by the name that a user gives."""
+
+
+def check_clip(name: str) -> None:
+    """Checks what can be known of a CLIP model without loading or fetching anything.
+
+    Args:
+        name: A hub name, a local folder, or `tiny-clip`.
+
+    Raises:
+        ValueError: If the folder is missing or holds no CLIP model.
+    """
+    folder = find_folder(name, EMBEDDED_CLIP)
+    if folder is None:
+        return
+    kind = read_json(folder, "config.json", "a CLIP model's folder").get("model_type")
+    if kind != "clip":
+        raise ValueError(f"The folder {name} holds a model of type {kind}; give one of type clip.")
+    if name not in EMBEDDED_CLIP and not has_weights(folder):
+        raise ValueError(f"The folder {name} has no weight files; add them, or give a hub name.")
+
+
+def is_random(name: str) -> bool:
+    """Whether the model's weights are random, so that its scores mean nothing."""
+    return name in EMBEDDED_CLIP and not has_weights(MODELS_FOLDER / name)
+
+
+def load_clip(name: str, device: torch.device | str = "cpu") -> tuple[CLIPModel, CLIPProcessor]:
+    """Loads a CLIP model and what prepares its inputs.
+
+    The processor pads the texts of a batch and cuts those that are longer than the model's context, unless told
+    otherwise in its call.
+
+    Args:
+        name: A hub name, a local folder, or `tiny-clip`.
+        device: Where the model goes.
+
+    Returns:
+        The model in float32, in eval mode and without gradients, and the processor.
+
+    Raises:
+        ValueError: If the model cannot be found, fetched or read.
+    """
+    check_clip(name)
+    folder = find_folder(name, EMBEDDED_CLIP)
+    with quiet_libraries():
+        try:
+            processor = CLIPProcessor.from_pretrained(folder or name)
+            if is_random(name):
+                assert folder is not None
+                model = build_random_model(CLIPModel, folder, torch.float32, seed_name="clip")
+            else:
+                model = CLIPModel.from_pretrained(folder or name, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"The CLIP model {name} could not be loaded ({reason}); give a local folder of a CLIP model, or "
+                f"{', '.join(EMBEDDED_CLIP)} for a stand-in."
+            ) from error
+    assert isinstance(model, CLIPModel)
+    context = model.config.text_config.max_position_embeddings
+    processor.text_kwargs = {"padding": True, "truncation": True, "max_length": context}
+    return model.requires_grad_(False).eval().to(device), processor

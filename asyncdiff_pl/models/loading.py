@@ -1,0 +1,273 @@
+"""Where a pipeline comes from: the hub, a local folder, or the package; with its weights or with random ones."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+from asyncdiff_pl.models.random_weights import build_random_pipeline
+
+WeightsSource = Literal["pretrained", "random"]
+"""`pretrained` loads a checkpoint's weights, `random` builds its network without them."""
+
+MODELS_FOLDER = Path(__file__).parents[1] / "assets" / "models"
+EMBEDDED = ("tiny-svd",)
+"""Pipelines that ship with the package, by the name that a user gives."""
+ARCHITECTURES: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
+    "stabilityai/stable-video-diffusion-img2vid-xt": ("svd-xt", {}),
+    "stabilityai/stable-video-diffusion-img2vid": ("svd-xt", {"unet": {"num_frames": 14}}),
+}
+"""Hub checkpoints whose architecture ships with the package: folder, and what differs from it."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+def load_pipeline(
+    pipeline_class: type[DiffusionPipeline],
+    pretrained: str,
+    weights: WeightsSource,
+    dtype: torch.dtype,
+    variant: str | None = None,
+) -> DiffusionPipeline:
+    """Loads or builds a pipeline on the CPU.
+
+    Args:
+        pipeline_class: Which pipeline; `DiffusionPipeline` lets the checkpoint say.
+        pretrained: A hub name, a local folder, or the name of an embedded model.
+        weights: `pretrained` or `random`; an embedded model without weight files is random either way, with a warning.
+        dtype: Number format of the weights.
+        variant: Variant of the weight files, `fp16` say; null takes the plain files.
+
+    Returns:
+        The pipeline, all its parts in `dtype`.
+
+    Raises:
+        ValueError: If the checkpoint cannot be found, fetched or read, or its architecture is not known.
+    """
+    check_pretrained(pipeline_class, pretrained, weights)
+    folder = find_folder(pretrained)
+    if describe_weights(pretrained, weights) == "random":
+        if weights == "pretrained":
+            rank_zero_warn(f"{pretrained}: random weights, its pictures mean nothing")
+        overrides: Mapping[str, Mapping[str, Any]] = {}
+        if folder is None:
+            name, overrides = ARCHITECTURES[pretrained]
+            folder = MODELS_FOLDER / name
+        with quiet_libraries():
+            return build_random_pipeline(pipeline_class, folder, dtype, overrides)
+    with quiet_libraries(only_if=rank_zero_only.rank > 0), _one_sentence(pretrained, variant):
+        return pipeline_class.from_pretrained(folder or pretrained, dtype=dtype, variant=variant)
+
+
+def prepare_download(
+    pipeline_class: type[DiffusionPipeline], pretrained: str, weights: WeightsSource, variant: str | None = None
+) -> None:
+    """Fetches a hub checkpoint into the cache, if the run needs it; to be called on one rank of each node.
+
+    Args:
+        pipeline_class: Which pipeline.
+        pretrained: A hub name; for folders and embedded models nothing is done.
+        weights: For `random` nothing is done.
+        variant: Variant of the weight files.
+
+    Raises:
+        ValueError: If the checkpoint is not in the cache and cannot be fetched, or has no such variant.
+    """
+    check_pretrained(pipeline_class, pretrained, weights)
+    if weights == "pretrained" and find_folder(pretrained) is None:
+        with _one_sentence(pretrained, variant):
+            pipeline_class.download(pretrained, variant=variant)
+
+
+def check_pretrained(pipeline_class: type[DiffusionPipeline], pretrained: str, weights: WeightsSource) -> None:
+    """Checks what can be known of a checkpoint without loading or fetching anything.
+
+    Args:
+        pipeline_class: The pipeline that will be built from it.
+        pretrained: A hub name, a local folder, or the name of an embedded model.
+        weights: `pretrained` or `random`.
+
+    Raises:
+        ValueError: If the folder is missing, is no pipeline, is another pipeline than asked for or has no weights, or
+            if the architecture of a hub checkpoint is not known and `weights` is `random`.
+    """
+    folder = find_folder(pretrained)
+    if folder is None:
+        if weights == "random" and pretrained not in ARCHITECTURES:
+            raise ValueError(
+                f"`weights: random` knows the architectures of {', '.join(ARCHITECTURES)} and {', '.join(EMBEDDED)}, "
+                f"not that of {pretrained}; give a local folder with the checkpoint's JSON files."
+            )
+        return
+    index = read_json(folder, "model_index.json", "a diffusers pipeline's folder")
+    missing = sorted(_required_components(pipeline_class) - index.keys())
+    if missing:
+        raise ValueError(
+            f"The folder {pretrained} holds a {index.get('_class_name')}, which lacks {', '.join(missing)} to be a "
+            f"{pipeline_class.__name__}; give another folder."
+        )
+    if weights == "pretrained" and pretrained not in EMBEDDED and not has_weights(folder):
+        raise ValueError(
+            f"The folder {pretrained} has no weight files (*{', *'.join(WEIGHT_SUFFIXES)}); add them or set "
+            "`weights: random`."
+        )
+
+
+def describe_weights(pretrained: str, weights: WeightsSource) -> Literal["pretrained", "random"]:
+    """What weights a run really has: `random` also for an embedded model without weight files."""
+    if weights == "pretrained" and pretrained in EMBEDDED and not has_weights(MODELS_FOLDER / pretrained):
+        return "random"
+    return weights
+
+
+def build_scheduler(name: str | None, current: Any) -> Any:
+    """Builds a scheduler from the config of the checkpoint's own.
+
+    Args:
+        name: As for `find_scheduler`; null keeps `current`.
+        current: The checkpoint's scheduler.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        ValueError: If there is no such scheduler.
+    """
+    return current if name is None else find_scheduler(name).from_config(current.config)
+
+
+def find_scheduler(name: str) -> type[Any]:
+    """The scheduler class that a name means.
+
+    Args:
+        name: `euler_discrete`, `ddpm`, `ddim`, `dpm_solver_multistep`, ..., a class name of diffusers, or a class with
+            its module (`my_package.MyScheduler`).
+
+    Raises:
+        ValueError: If there is no such scheduler.
+    """
+    module, _, class_name = name.rpartition(".")
+    try:
+        if module:
+            scheduler_class = getattr(importlib.import_module(module), class_name)
+        else:
+            scheduler_class = getattr(diffusers, _scheduler_names()[_normalised(name)])
+        assert callable(scheduler_class.from_config)
+    except (ImportError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"There is no scheduler {name}; take euler_discrete, ddpm, ddim, dpm_solver_multistep, pndm or another "
+            "scheduler of diffusers, or a class with its module (my_package.MyScheduler)."
+        ) from error
+    return scheduler_class
+
+
+# -- folders and names; models/clip.py uses these too -----------------------------------------------------------------
+
+
+def find_folder(pretrained: str, embedded: tuple[str, ...] = EMBEDDED) -> Path | None:
+    """The folder that `pretrained` means, or None for a hub name.
+
+    Args:
+        pretrained: An embedded model's name, a local folder, or a hub name.
+        embedded: Names of embedded models.
+
+    Raises:
+        ValueError: If it looks like a folder and is none.
+    """
+    if pretrained in embedded:
+        return MODELS_FOLDER / pretrained
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{pretrained} is a file; `pretrained` takes a model's folder.")
+    if pretrained.startswith((".", "/", "~")) or pretrained.count("/") != 1:
+        raise ValueError(
+            f"There is no folder {pretrained}; give an existing one, a hub name (owner/name), or {', '.join(embedded)}."
+        )
+    return None
+
+
+def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
+    """A JSON file of a model's folder; a ValueError that says `what` the folder should be if it is not there."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not {what}: it has no readable {name}.") from error
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model's folder or one of its subfolders holds weight files."""
+    return any(path.suffix in WEIGHT_SUFFIXES for pattern in ("*", "*/*") for path in folder.glob(pattern))
+
+
+@contextmanager
+def quiet_libraries(only_if: bool = True) -> Iterator[None]:
+    """Keeps loading bars and hints of diffusers and transformers off the terminal.
+
+    Args:
+        only_if: If false, nothing changes.
+    """
+    if not only_if:
+        yield
+        return
+    logs = [diffusers.utils.logging, transformers.utils.logging]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (verbosity, bar) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()
+
+
+@contextmanager
+def _one_sentence(pretrained: str, variant: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if variant is not None and f"variant={variant}" in str(error):
+            raise ValueError(
+                f"{pretrained} has no weight files of variant {variant}; set `variant: null` for the plain files."
+            ) from error
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        if find_folder(pretrained) is None:
+            raise ValueError(
+                f"{pretrained} is not in the cache and could not be fetched from the hub ({reason}); give a local "
+                "folder as `pretrained`, or set `weights: random`."
+            ) from error
+        raise ValueError(
+            f"The folder {pretrained} could not be loaded with variant {variant} ({reason}); complete it, or set "
+            "another `variant`."
+        ) from error
+
+
+def _required_components(pipeline_class: type[DiffusionPipeline]) -> set[str]:
+    parameters = inspect.signature(pipeline_class).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name for p in named if p.default is p.empty} - set(pipeline_class._optional_components)
+
+
+def _normalised(name: str) -> str:
+    return name.replace("_", "").lower().removesuffix("scheduler")
+
+
+@functools.cache
+def _scheduler_names() -> dict[str, str]:
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")]
+    return {_normalised(name): name for name in names}

@@ -1,0 +1,6 @@
+"""Lightning strategies: how the ranks share the work on a sample."""
+
+from asyncdiff_pl.strategies.async_stages import AsyncDiffStrategy
+from asyncdiff_pl.strategies.base import GroupStrategy
+
+__all__ = ["AsyncDiffStrategy", "GroupStrategy"]

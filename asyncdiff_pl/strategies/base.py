@@ -1,0 +1,203 @@
+"""The world of a strategy that lets several ranks work on one sample: ranks, devices, process groups.
+
+Ranks are numbered group by group. The ranks of one group run the same samples, different groups different ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
+
+from asyncdiff_pl.parallel import Groups, Layout, Parallel
+
+
+class GroupStrategy(ParallelStrategy):
+    """Shares each sample out over the ranks of a group, and the samples over the groups.
+
+    Args:
+        layout: What the ranks of one group do.
+        ranks_per_group: Ranks of one group: the layout's, or 1 where one process plays them all.
+        timeout: Seconds after which a message between ranks counts as lost and the run ends.
+    """
+
+    is_distributed = True
+    """Lightning looks this up by name."""
+
+    def __init__(self, layout: Layout, ranks_per_group: int, timeout: float) -> None:
+        super().__init__()
+        if timeout <= 0:
+            raise ValueError(f"timeout is {timeout} s; give a number of seconds above 0.")
+        self.num_nodes = 1
+        self.ranks_per_group = ranks_per_group
+        self.timeout = timedelta(seconds=timeout)
+        self._layout = layout
+        self._groups: Groups | None = None
+        self._handle: Parallel | None = None
+        self._owns_connection = False
+
+    # -- what a subclass says -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def install(self, module: pl.LightningModule) -> Parallel:
+        """Makes a module's denoiser run on the ranks of the group."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The strategy's settings for results.csv."""
+
+    # -- what callbacks and data modules ask --------------------------------------------------------------------
+
+    @property
+    def groups(self) -> Groups:
+        """The process groups of this rank."""
+        if self._groups is None:
+            raise RuntimeError("The process groups exist only after `setup_environment()`.")
+        return self._groups
+
+    @property
+    def handle(self) -> Parallel | None:
+        """What is installed on the module in work."""
+        return self._handle
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups that run different samples."""
+        return self.world_size // self.ranks_per_group
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's group."""
+        return self.global_rank // self.ranks_per_group
+
+    @property
+    def is_group_leader(self) -> bool:
+        """Whether this rank scores and writes for its group."""
+        return self.global_rank % self.ranks_per_group == 0
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes of boundary tensors that this rank has sent, and its asynchronous steps, so far."""
+        if self._handle is None:
+            return {"sent_bytes": 0, "steps": 0}
+        return {"sent_bytes": self._handle.sent_bytes, "steps": self._handle.asynchronous_steps}
+
+    def check(self) -> None:
+        """Tells early whether the ranks fit the layout.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if self.ranks_per_group > 1:
+            self._layout.over(self.num_processes * self.num_nodes, self.num_processes)
+
+    # -- what Lightning asks ------------------------------------------------------------------------------------
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks of this node."""
+        return len(self.parallel_devices or [])
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_size, "rank": self.data_rank}
+
+    def set_world_ranks(self) -> None:
+        """Numbers this process; Lightning calls it by name."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        # under torchrun it starts nothing, but still checks devices x nodes against the world size
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        self.check()
+        if self.world_size == 1:
+            self._groups = Groups()
+            return
+        if not _distributed_is_initialized():
+            backend = _get_default_process_group_backend_for_device(self.root_device)
+            device = self.root_device if self.root_device.type != "cpu" else None
+            _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device)
+            self._owns_connection = True
+        self._groups = Groups()
+        if self.ranks_per_group > 1:
+            layout = self._layout.over(self.world_size, self.num_processes)
+            self._groups = Groups.build(layout, self.root_device.type)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        self._handle = self.install(trainer.lightning_module)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def teardown(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        super().teardown()
+        if self._owns_connection:
+            with contextlib.suppress(RuntimeError):
+                # the others may be gone already
+                dist.destroy_process_group()
+            self._owns_connection = False
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return (
+            _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
+        )
