@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HTTPError
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from asyncdiff_pl.models.random_weights import build_random_pipeline
@@ -67,7 +68,7 @@ def load_pipeline(
         with quiet_libraries():
             return build_random_pipeline(pipeline_class, folder, dtype, overrides)
     with quiet_libraries(only_if=rank_zero_only.rank > 0), _one_sentence(pretrained, variant):
-        return pipeline_class.from_pretrained(folder or pretrained, dtype=dtype, variant=variant)
+        return _or_from_cache(pipeline_class.from_pretrained, folder or pretrained, dtype=dtype, variant=variant)
 
 
 def prepare_download(
@@ -87,7 +88,7 @@ def prepare_download(
     check_pretrained(pipeline_class, pretrained, weights)
     if weights == "pretrained" and find_folder(pretrained) is None:
         with _one_sentence(pretrained, variant):
-            pipeline_class.download(pretrained, variant=variant)
+            _or_from_cache(pipeline_class.download, pretrained, variant=variant)
 
 
 def check_pretrained(pipeline_class: type[DiffusionPipeline], pretrained: str, weights: WeightsSource) -> None:
@@ -131,11 +132,30 @@ def describe_weights(pretrained: str, weights: WeightsSource) -> Literal["pretra
     return weights
 
 
+def read_component_config(pretrained: str, component: str) -> dict[str, Any] | None:
+    """The configuration of one part of a pipeline, as far as it is known without fetching anything.
+
+    Args:
+        pretrained: A hub name, a local folder, or the name of an embedded model.
+        component: Name of the part, `unet` say.
+
+    Returns:
+        The entries of its config.json; None for a hub checkpoint whose architecture does not ship with the package.
+    """
+    folder, changes = find_folder(pretrained), {}
+    if folder is None:
+        if pretrained not in ARCHITECTURES:
+            return None
+        name, overrides = ARCHITECTURES[pretrained]
+        folder, changes = MODELS_FOLDER / name, overrides.get(component, {})
+    return read_json(folder / component, "config.json", f"the {component} of a diffusers pipeline") | changes
+
+
 def build_scheduler(name: str | None, current: Any) -> Any:
     """Builds a scheduler from the config of the checkpoint's own.
 
     Args:
-        name: As for `find_scheduler`; null keeps `current`.
+        name: A name that `find_scheduler` knows; null keeps `current`.
         current: The checkpoint's scheduler.
 
     Returns:
@@ -148,11 +168,14 @@ def build_scheduler(name: str | None, current: Any) -> Any:
 
 
 def find_scheduler(name: str) -> type[Any]:
-    """The scheduler class that a name means.
+    """Finds a scheduler's class, without loading anything of a checkpoint.
 
     Args:
         name: `euler_discrete`, `ddpm`, `ddim`, `dpm_solver_multistep`, ..., a class name of diffusers, or a class with
             its module (`my_package.MyScheduler`).
+
+    Returns:
+        The class; it has `from_config`.
 
     Raises:
         ValueError: If there is no such scheduler.
@@ -163,8 +186,8 @@ def find_scheduler(name: str) -> type[Any]:
             scheduler_class = getattr(importlib.import_module(module), class_name)
         else:
             scheduler_class = getattr(diffusers, _scheduler_names()[_normalised(name)])
-        assert callable(scheduler_class.from_config)
-    except (ImportError, AttributeError, KeyError) as error:
+        _ = scheduler_class.from_config
+    except (ImportError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(
             f"There is no scheduler {name}; take euler_discrete, ddpm, ddim, dpm_solver_multistep, pndm or another "
             "scheduler of diffusers, or a class with its module (my_package.MyScheduler)."
@@ -236,6 +259,16 @@ def quiet_libraries(only_if: bool = True) -> Iterator[None]:
                 log.enable_progress_bar()
 
 
+def _or_from_cache(fetch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return fetch(*args, **kwargs)
+    except OSError:
+        raise
+    except HTTPError:
+        # diffusers 0.42 turns to the cache if the network is down, but not if a firewall lets it time out
+        return fetch(*args, local_files_only=True, **kwargs)
+
+
 @contextmanager
 def _one_sentence(pretrained: str, variant: str | None) -> Iterator[None]:
     try:
@@ -247,9 +280,10 @@ def _one_sentence(pretrained: str, variant: str | None) -> Iterator[None]:
             ) from error
         reason = str(error).strip().splitlines()[0].rstrip(".")
         if find_folder(pretrained) is None:
+            known = ", or set `weights: random`" if pretrained in ARCHITECTURES else ""
             raise ValueError(
                 f"{pretrained} is not in the cache and could not be fetched from the hub ({reason}); give a local "
-                "folder as `pretrained`, or set `weights: random`."
+                f"folder as `pretrained`{known}."
             ) from error
         raise ValueError(
             f"The folder {pretrained} could not be loaded with variant {variant} ({reason}); complete it, or set "

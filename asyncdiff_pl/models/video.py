@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from PIL import Image
+from torch import nn
 from typing_extensions import override
 
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import DiffusionPredictor
-from asyncdiff_pl.models.loading import WeightsSource
+from asyncdiff_pl.models.loading import WeightsSource, quiet_libraries, read_component_config
 
 
 class VideoPredictor(DiffusionPredictor):
@@ -83,24 +84,44 @@ class VideoPredictor(DiffusionPredictor):
         return self.num_frames
 
     @override
+    def example_call(self, height: int, width: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+        unet_config = read_component_config(self.pretrained, "unet")
+        vae_config = read_component_config(self.pretrained, "vae")
+        if unet_config is None or vae_config is None:
+            return None
+        with torch.device("meta"):
+            unet = UNetSpatioTemporalConditionModel.from_config(unet_config)
+            # the mixing factors ignore the device above; the method of diffusers' own class warns at each cast
+            nn.Module.to(unet.requires_grad_(False).eval(), "meta", self.torch_dtype)
+            scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
+            batch = 2 if self.max_guidance_scale > 1 else 1
+            shape = (batch, self.num_frames, unet.config.in_channels, height // scale, width // scale)
+            embedding = torch.empty(batch, 1, unet.config.cross_attention_dim, dtype=self.torch_dtype)
+            args = (torch.empty(shape, dtype=self.torch_dtype), torch.empty(()))
+            times = torch.empty(batch, 3, dtype=self.torch_dtype)
+        return unet, args, {"encoder_hidden_states": embedding, "added_time_ids": times, "return_dict": False}
+
+    @override
     def generate(
         self, samples: Sequence[Sample], num_inference_steps: int, generators: list[torch.Generator]
     ) -> list[list[Image.Image]]:
         width, height = self._size(samples)
-        latents = self.pipeline(
-            [sample.image for sample in samples],
-            height=height,
-            width=width,
-            num_frames=self.num_frames,
-            num_inference_steps=num_inference_steps,
-            min_guidance_scale=self.min_guidance_scale,
-            max_guidance_scale=self.max_guidance_scale,
-            fps=self.fps,
-            motion_bucket_id=self.motion_bucket_id,
-            noise_aug_strength=self.noise_aug_strength,
-            generator=generators,
-            output_type="latent",
-        ).frames
+        # diffusers 0.42 warns twice a sample that the decoder's casts to float32 and back may lose precision
+        with quiet_libraries():
+            latents = self.pipeline(
+                [sample.image for sample in samples],
+                height=height,
+                width=width,
+                num_frames=self.num_frames,
+                num_inference_steps=num_inference_steps,
+                min_guidance_scale=self.min_guidance_scale,
+                max_guidance_scale=self.max_guidance_scale,
+                fps=self.fps,
+                motion_bucket_id=self.motion_bucket_id,
+                noise_aug_strength=self.noise_aug_strength,
+                generator=generators,
+                output_type="latent",
+            ).frames
         return [self._decode(video) for video in latents]
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
