@@ -67,7 +67,9 @@ class Agreement(TrajectoryListener):
             return
         self._is_new = False
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.numel()]
-        prints = torch.stack([_print(tensor) for tensor in tensors])
+        # a timestep may lie on the CPU, where the process group cannot reach it
+        device = max(tensors, key=torch.Tensor.numel).device
+        prints = torch.stack([_print(tensor).to(device) for tensor in tensors])
         spread = self.exchange.spread(prints[:, 0])
         if bool((spread > TOLERANCE * prints[:, 1]).any()):
             raise ValueError(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -138,7 +137,7 @@ def parallelize(
             )
         local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
         layout = layout.over(dist.get_world_size(), local_size)
-        groups = groups or Groups.build(layout, "cuda" if torch.cuda.is_available() else "cpu")
+        groups = groups or Groups.build(layout)
         exchange = Exchange(groups, timeout)
         coordinates = layout.coordinates(dist.get_rank())[1:]
     owns_trajectory = trajectory is None

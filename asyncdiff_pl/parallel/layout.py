@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 MAX_STAGES = 8
+MAX_CHANNELS = 4
+"""NCCL channels of boundary tensors: enough for NVLink to hide them, few enough not to slow the computation."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +100,34 @@ class Groups:
     guidance: dist.ProcessGroup | None = None
 
     @classmethod
-    def build(cls, layout: Layout, device_type: str) -> Groups:
-        """Makes the groups of a layout; every rank of the world must call it.
+    def build(cls, layout: Layout) -> Groups:
+        """Makes the groups of a layout in the initialised world; every rank must call it.
 
         Args:
             layout: The layout, whose size is the world's.
-            device_type: `cuda` or `cpu`.
         """
-        mesh = init_device_mesh(
-            device_type,
-            (layout.data, layout.cfg, layout.stage_ranks),
-            mesh_dim_names=("data", "guidance", "stage"),
-        )
-        pipelines = [
-            list(range(first, first + layout.pipeline_ranks))
-            for first in range(0, layout.world_size, layout.pipeline_ranks)
+        world = range(layout.world_size)
+        own = layout.coordinates(dist.get_rank())
+        # a group of its own for estimates, so that they do not queue behind boundary tensors
+        kinds = [
+            (lambda data, half, stage: data, None),
+            (lambda data, half, stage: (data, half), _few_channels()),
+            (lambda data, half, stage: (data, stage), None),
         ]
-        # a group of its own, so that estimates do not queue behind boundary tensors
-        pipeline, _ = dist.new_subgroups_by_enumeration(pipelines)
-        return cls(pipeline, mesh["stage"].get_group(), mesh["guidance"].get_group())
+        found = []
+        for key, options in kinds:
+            members: dict[Any, list[int]] = {}
+            for rank in world:
+                members.setdefault(key(*layout.coordinates(rank)), []).append(rank)
+            groups = {name: dist.new_group(ranks, pg_options=options) for name, ranks in members.items()}
+            found.append(groups[key(*own)])
+        return cls(*found)
+
+
+def _few_channels() -> Any:
+    """Options for messages that wait beside the computation: in NCCL each channel that waits holds a multiprocessor."""
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = MAX_CHANNELS
+    return options

@@ -155,7 +155,7 @@ class GroupStrategy(ParallelStrategy):
         self._groups = Groups()
         if self.ranks_per_group > 1:
             layout = self._layout.over(self.world_size, self.num_processes)
-            self._groups = Groups.build(layout, self.root_device.type)
+            self._groups = Groups.build(layout)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
