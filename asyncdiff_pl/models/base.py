@@ -185,7 +185,9 @@ class DiffusionPredictor(LightningModule):
         """Loads the pipeline; a second call does nothing."""
         if self._pipeline is not None:
             return
-        pipeline = load_pipeline(self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant)
+        # Lightning would have every new tensor made on the GPU: random weights and buffers must not depend on the device
+        with torch.device("cpu"):
+            pipeline = load_pipeline(self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = build_scheduler(self.scheduler_name, pipeline.scheduler)
         for name, part in pipeline.components.items():
