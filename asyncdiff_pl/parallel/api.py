@@ -81,6 +81,7 @@ class Parallel:
             self._pipeline.remove()
         if self._agreement:
             self._agreement.remove()
+            self._agreement.exchange.close()
         if self._owns_trajectory:
             self._trajectory.remove()
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from asyncdiff_pl.parallel.layout import Groups
+from asyncdiff_pl.parallel.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Exchange:
         self._step = 0
         self._inbox: Inbox | None = None
         self._sends: list[tuple[Pending, torch.Tensor]] = []
+        self._watch = Watch(timeout) if timeout is not None and dist.get_backend() == "nccl" else None
 
     def begin(self, inbox: Inbox, messages: Sequence[Message], step: int) -> None:
         """Begins a step in which boundary tensors travel.
@@ -126,7 +128,9 @@ class Exchange:
             source: Rank within the pipeline.
         """
         for tensor in tensors:
-            dist.broadcast(tensor, group=self.groups.pipeline, group_src=source)
+            text = f"rank {dist.get_rank()}, step {self._step}: tensors of rank {source} of the pipeline"
+            work: Any = dist.broadcast(tensor, group=self.groups.pipeline, group_src=source, async_op=True)
+            self._watched(work, text).wait()
 
     def gather_halves(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Both halves of the guidance batch, in order, of which this rank has one."""
@@ -144,6 +148,11 @@ class Exchange:
         dist.all_reduce(high, dist.ReduceOp.MAX, group=self.groups.pipeline)
         dist.all_reduce(low, dist.ReduceOp.MIN, group=self.groups.pipeline)
         return high - low
+
+    def close(self) -> None:
+        """Stops watching for lost messages."""
+        if self._watch is not None:
+            self._watch.stop()
 
     def drop(self) -> None:
         """Waits for what is under way, so that a new sample begins with empty lines."""
@@ -167,7 +176,14 @@ class Exchange:
             f"rank {dist.get_rank()}, step {self._step}: boundary tensor {message.value} "
             f"from stage rank {message.source} to {message.target}"
         )
-        return Pending(work, text, self.timeout)
+        return self._watched(work, text)
+
+    def _watched(self, work: dist.Work, text: str) -> Pending:
+        if self._watch is None:
+            return Pending(work, text, self.timeout)
+        self._watch.add(work, text)
+        # with a timeout of its own NCCL would make the CPU wait
+        return Pending(work, text, None)
 
 
 class LocalExchange:
