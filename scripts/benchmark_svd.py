@@ -1,4 +1,4 @@
-"""Step latency and peak memory of full-size Stable Video Diffusion, layout by layout, through the package's own command.
+"""Step latency and peak memory of full-size Stable Video Diffusion, layout by layout, through the package's command.
 
 Weights are random, since latency does not depend on them. Prints a Markdown table. Example, on a machine with 4 GPUs:
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 MAX_STAGES = 8
-MAX_CHANNELS = 4
+MAX_CHANNELS = 2
 """NCCL channels of boundary tensors: enough for NVLink to hide them, few enough not to slow the computation."""
 
 
