@@ -49,6 +49,7 @@ class CLIPScore(Callback):
         if stage != "predict":
             return
         if getattr(pl_module, "weights", None) == "random":
+            self.scorer = "none (random weights)"
             rank_zero_info("weights are random, as asked: the pictures mean nothing and are not scored")
             return
         check_clip(self.model)  # on all ranks, so that none waits for one that has stopped

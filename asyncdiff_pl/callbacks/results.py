@@ -34,6 +34,7 @@ from asyncdiff_pl.callbacks.sample_table import (
     write_table,
 )
 from asyncdiff_pl.models.base import Prediction
+from asyncdiff_pl.parallel.stages.cut import cut_hash
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,12 @@ class Results(Callback):
         if is_leader(trainer):
             for prediction in outputs:
                 self._part.append(row_of(prediction))
+        cut = getattr(getattr(trainer.strategy, "handle", None), "cut", None)
+        path = self.folder / "cut.json"
+        if cut and trainer.is_global_zero and not path.exists():
+            # as the strategy takes it back, to run the same cut on other shapes
+            text = json.dumps(cut, indent=1) + "\n"
+            write_atomically(path, lambda file: file.write(text.encode()))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -158,6 +165,9 @@ class Results(Callback):
         before = {int(row["steps"]): row for row in read_table(self.folder / "results.csv")}
         measured = run_metrics(trainer)
         described = {name: cell(value) for name, value in configuration(trainer, pl_module).items()}
+        if not described["cut"] and (self.folder / "cut.json").exists():
+            # all was done before: this process never cut anything
+            described["cut"] = cut_hash(json.loads((self.folder / "cut.json").read_text(encoding="utf-8")))
         results = []
         for steps, averages in summarise(rows).items():
             kept = before.get(steps, {}) if steps not in made else {}
