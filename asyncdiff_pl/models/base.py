@@ -26,6 +26,7 @@ from asyncdiff_pl.models.loading import (
     load_pipeline,
     prepare_download,
 )
+from asyncdiff_pl.parallel.api import denoiser_of
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -185,7 +186,7 @@ class DiffusionPredictor(LightningModule):
         """Loads the pipeline; a second call does nothing."""
         if self._pipeline is not None:
             return
-        # Lightning would have every new tensor made on the GPU: random weights and buffers must not depend on the device
+        # Lightning would make every new tensor on the GPU: random weights must not depend on the device
         with torch.device("cpu"):
             pipeline = load_pipeline(self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant)
         pipeline.set_progress_bar_config(disable=True)
@@ -239,12 +240,3 @@ class DiffusionPredictor(LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def denoiser_of(pipeline: Any) -> nn.Module:
-    """The network that a diffusers pipeline calls once a step: its `unet` or its `transformer`."""
-    for name in ("unet", "transformer"):
-        part = getattr(pipeline, name, None)
-        if isinstance(part, nn.Module):
-            return part
-    raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer` to run in parallel.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -128,7 +128,7 @@ def parallelize(
     """
     layout = Layout(stages, stride, cfg)
     check_settings(layout, warm_up, cut)
-    denoiser, owner = _denoiser_and_owner(pipe, scheduler)
+    denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
     exchange, coordinates = None, (0, 0)
     if not simulate and layout.pipeline_ranks > 1:
         if not dist.is_initialized():
@@ -142,7 +142,7 @@ def parallelize(
         exchange = Exchange(groups, timeout)
         coordinates = layout.coordinates(dist.get_rank())[1:]
     owns_trajectory = trajectory is None
-    trajectory = trajectory or Trajectory(denoiser, owner)
+    trajectory = trajectory or Trajectory(denoiser, scheduler_in_use)
     agreement = Agreement(denoiser, trajectory, exchange, warm_up) if exchange else None
     pipeline = None
     if layout.pipeline_ranks > 1:
@@ -164,13 +164,22 @@ def check_settings(layout: Layout, warm_up: int, cut: Sequence[Sequence[str]] | 
         raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
 
 
-def _denoiser_and_owner(pipe: Any, scheduler: Any) -> tuple[nn.Module, Any]:
-    if isinstance(pipe, nn.Module):
-        if scheduler is None:
-            raise ValueError("A bare denoiser needs `scheduler=`: the scheduler that steps its latents.")
-        return pipe, lambda: scheduler
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """The network that a diffusers pipeline calls once a step: its `unet` or its `transformer`.
+
+    Raises:
+        ValueError: It has neither.
+    """
     for name in ("unet", "transformer"):
-        part = getattr(pipe, name, None)
+        part = getattr(pipeline, name, None)
         if isinstance(part, nn.Module):
-            return part, lambda: pipe.scheduler
-    raise ValueError(f"{type(pipe).__name__} has neither a `unet` nor a `transformer` to run in parallel.")
+            return part
+    raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer` to run in parallel.")
+
+
+def _denoiser_and_scheduler(pipe: Any, scheduler: Any) -> tuple[nn.Module, Callable[[], Any]]:
+    if not isinstance(pipe, nn.Module):
+        return denoiser_of(pipe), lambda: pipe.scheduler
+    if scheduler is None:
+        raise ValueError("A bare denoiser needs `scheduler=`: the scheduler that steps its latents.")
+    return pipe, lambda: scheduler

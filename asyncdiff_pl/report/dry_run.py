@@ -15,7 +15,7 @@ from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
 from asyncdiff_pl.parallel.stages.units import trace
 
 EFFICIENCY = 0.3
-"""Share of a large matrix product's rate that diffusers' denoisers reach in eager mode: SVD 0.32, SDXL 0.28 on an H200."""
+"""Share of a large matrix product's rate that denoisers reach in eager mode: SVD 0.32, SDXL 0.28 on an H200."""
 PNG_BYTES_PER_PIXEL = 1.6
 """Size of a photograph's PNG, with its share of the animation."""
 

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Groups, Layout, Parallel
+from asyncdiff_pl.processes import die_with_parent
 
 
 class GroupStrategy(ParallelStrategy):
@@ -140,6 +141,7 @@ class GroupStrategy(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        die_with_parent()
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
