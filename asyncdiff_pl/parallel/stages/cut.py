@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.units import LATENTS, Graph
 
 TOLERANCE = 0.03
@@ -64,12 +65,15 @@ def find_cut(graph: Graph, stages: int) -> list[int]:
         raise ValueError(f"{stages} stages are more than the denoiser's {len(graph.units)} units; take fewer stages.")
     search = _Search(graph)
     limit = math.floor(search.least_maximum(stages) * (1 + TOLERANCE))
-    _, _, bounds = min(search.partitions(stages, limit))
-    # bounds: where each stage but the last begins, and where the last one's second part begins
-    owner = [stages - 1] * len(graph.units)
-    for stage, (start, end) in enumerate(pairwise(bounds)):
-        owner[start:end] = [stage] * (end - start)
-    return owner
+    candidates = []
+    for _, slowest, bounds in search.partitions(stages, limit):
+        # bounds: where each stage but the last begins, and where the last one's second part begins
+        owner = [stages - 1] * len(graph.units)
+        for stage, (start, end) in enumerate(pairwise(bounds)):
+            owner[start:end] = [stage] * (end - start)
+        # the search takes glue over several stages for less than it is
+        candidates.append((bytes_per_step(graph, find_boundary(graph, owner)), slowest, owner))
+    return min(candidates)[2]
 
 
 def cut_names(graph: Graph, owner: Sequence[int]) -> list[list[str]]:
