@@ -67,11 +67,17 @@ def find_boundary(graph: Graph, owner: Sequence[int]) -> Boundary:
                 consumers.setdefault(index, set()).add(stage)
 
     done = [0] * (max(owner) + 1)
-    made_at: list[float] = []
+    done_after: list[int] = []
     for number, unit in enumerate(graph.units):
         done[owner[number]] += unit.flops
-        made_at.append(done[owner[number]])
-    order = sorted(consumers, key=lambda index: (made_at[graph.values[index].unit], index))
+        done_after.append(done[owner[number]])
+    made_at: dict[int, int] = {}
+    newest = [0] * len(done)
+    for value in graph.values:
+        stage = owner[value.unit]
+        # a unit that is called twice makes its second value after those of the units in between
+        newest[stage] = made_at[value.index] = max(newest[stage], done_after[value.unit])
+    order = sorted(consumers, key=lambda index: (made_at[index], index))
     return Boundary(
         tuple(owner),
         output_stage,
