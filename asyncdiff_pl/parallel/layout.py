@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,8 @@ def _few_channels() -> Any:
     """Options for messages that wait beside the computation: in NCCL each channel that waits holds a multiprocessor."""
     if dist.get_backend() != "nccl":
         return None
+    # it warns of what is wanted here: messages that keep to one order
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = MAX_CHANNELS
     return options
