@@ -24,9 +24,19 @@ SETTINGS = {
     "model": [models.VideoPredictor],
     "data": [data.CocoCaptions],
     "trainer.strategy": [strategies.AsyncDiffStrategy],
-    "trainer.callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
 }
 """Classes whose settings `--help` explains, by where they stand in a config."""
+
+CALLBACKS = {
+    "clip_score": callbacks.CLIPScore,
+    "step_latency": callbacks.StepLatency,
+    "device_stats": callbacks.DeviceStats,
+    "traffic": callbacks.Traffic,
+    "frame_writer": callbacks.FrameWriter,
+    "results": callbacks.Results,
+    "progress_bar": callbacks.DiffusionProgressBar,
+}
+"""Callbacks of every run, by the key of their settings; more stand at `trainer.callbacks`."""
 
 
 class Parser(LightningArgumentParser):
@@ -41,8 +51,7 @@ class Parser(LightningArgumentParser):
         for place, classes in SETTINGS.items():
             for kind in classes:
                 explained = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-                key = place if place != "trainer.callbacks" else kind.__name__
-                explained.add_class_arguments(kind, key)
+                explained.add_class_arguments(kind, place)
                 body = explained.format_help().split("\n", 1)[-1].strip("\n")
                 sections.append(f"{place}: class_path {kind.__module__.rsplit('.', 1)[0]}.{kind.__name__}\n{body}")
         return "\n\n".join(sections) + "\n"
@@ -62,6 +71,8 @@ class Command(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, key)
         parser.add_argument(
             "--resume",
             type=str | None,

@@ -23,14 +23,14 @@ class CLIPScore(Callback):
     samples of rank 0's data group as `score/<model>/steps=<n>`.
 
     Args:
-        model: Model that scores: a hub name, a local folder, or the embedded `tiny-clip`.
+        model: Model that scores: a hub name, a local folder, or the embedded `tiny-clip`; null scores nothing.
         batch_size: Frames in one forward pass.
         dtype: Number format of the scoring model.
     """
 
     def __init__(
         self,
-        model: str = "openai/clip-vit-base-patch32",
+        model: str | None = "openai/clip-vit-base-patch32",
         batch_size: int = 16,
         dtype: Literal["float32", "float16"] = "float32",
     ) -> None:
@@ -39,14 +39,16 @@ class CLIPScore(Callback):
         self.model = model
         self.batch_size = batch_size
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
-        self.scorer = f"{model} (random weights)" if is_random(model) else model
+        self.scorer = model or "none"
+        if model is not None and is_random(model):
+            self.scorer = f"{model} (random weights)"
         """What the results call the model that scored."""
         self._score: TextImageScore | None = None
         self._count = SampleCount()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "predict":
+        if stage != "predict" or self.model is None:
             return
         if getattr(pl_module, "weights", None) == "random":
             self.scorer = "none (random weights)"
