@@ -40,8 +40,7 @@ class CLIPScore(Callback):
         self.batch_size = batch_size
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
         self.scorer = model or "none"
-        if model is not None and is_random(model):
-            self.scorer = f"{model} (random weights)"
+        self.scorer = "none" if model is None else f"{model} (random weights)" if is_random(model) else model
         """What the results call the model that scored."""
         self._score: TextImageScore | None = None
         self._count = SampleCount()
