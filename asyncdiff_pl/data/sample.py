@@ -29,6 +29,10 @@ class Sample:
     steps: int | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
 
+    def to(self, *args: Any, **kwargs: Any) -> Sample:
+        """Stays where it is: Lightning would move it to the device, but the pipeline moves what it computes with."""
+        return self
+
     @property
     def key(self) -> tuple[int | None, str]:
         """What tells this piece of work from every other of the run: step count and id."""

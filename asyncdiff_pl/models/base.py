@@ -200,11 +200,6 @@ class DiffusionPredictor(LightningModule):
     # -- a batch ------------------------------------------------------------------------------------------------
 
     @override
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves samples where they are: the pipeline itself moves what it computes with."""
-        return batch
-
-    @override
     def predict_step(self, batch: Sequence[Sample], batch_idx: int = 0) -> list[Prediction]:
         """Generates each sample of the batch, those of one step count in one call."""
         predictions: list[Prediction] = []
