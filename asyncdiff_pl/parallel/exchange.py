@@ -107,7 +107,8 @@ class Exchange:
     def send(self, value: int, tensor: torch.Tensor) -> None:
         """Sends a value that this rank just made to all who consume it."""
         assert self._inbox is not None
-        tensor = tensor.contiguous()
+        # a copy: what follows may write into the tensor before it has left (FreeU scales its input in place)
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         while self._next < len(self._order) and self._order[self._next].value == value:
             message = self._order[self._next]
             work = dist.isend(tensor, group=self.groups.stage, group_dst=message.target)
