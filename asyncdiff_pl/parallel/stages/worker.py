@@ -30,7 +30,9 @@ class Worker:
 
     def store(self, value: int, tensor: torch.Tensor) -> None:
         """Keeps a copy of a value that this rank computed itself, in an exact step."""
-        if value not in self._current or self._current[value].shape != tensor.shape:
+        kept = self._current.get(value)
+        # the number format may be another one, too: autocast does not show in the denoiser's inputs
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             # inference tensors could not be written by the threads that receive
             with torch.inference_mode(False):
                 self._current[value] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
