@@ -8,7 +8,9 @@ and some pipelines run only a part of them (image to image).
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +53,7 @@ class Trajectory:
         """Number of the denoiser call in work among those of its step, from 0."""
         self.first_index = 0
         """Index in `timesteps` of the sample's first step: above 0 where a pipeline runs only a part of them."""
+        self._signature = inspect.signature(denoiser.forward)
         self._handle = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
 
     @property
@@ -89,8 +92,7 @@ class Trajectory:
         if scheduler.timesteps is not self.timesteps:
             self.timesteps = scheduler.timesteps
             self.position = self.call = self._next_call = 0
-            # set by pipelines that start amid the timesteps (strength < 1); not every scheduler has it
-            self.first_index = getattr(scheduler, "begin_index", None) or 0
+            self.first_index = self._find_first_index(scheduler, args, kwargs)
             for listener in list(self._listeners):
                 listener.on_sample_begin(self)
         self.call = self._next_call
@@ -98,20 +100,30 @@ class Trajectory:
         for listener in list(self._listeners):
             listener.on_denoiser_call(self)
 
+    def _find_first_index(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Where a pipeline starts amid the timesteps (strength < 1)."""
+        if hasattr(scheduler, "begin_index"):
+            return scheduler.begin_index or 0
+        # DDIM, DDPM and PNDM are not told: only the first call's timestep shows it
+        given = self._signature.bind(*args, **kwargs).arguments.get("timestep")
+        if given is None:
+            return 0
+        found = (self.timesteps == torch.as_tensor(given, device=self.timesteps.device).flatten()[0]).nonzero()
+        return int(found[0]) if len(found) else 0
+
     def _wrap(self, scheduler: Any) -> None:
-        step = scheduler.step
-
-        @functools.wraps(step)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
-            for listener in list(self._listeners):
-                listener.on_step(self, output)
-            self.position += 1
-            self._next_call = 0
-            return output
-
+        counted = _CountedStep(scheduler, self._after_step)
         self._scheduler, self._step, self._counted = scheduler, vars(scheduler).get("step"), counted
         scheduler.step = counted
+
+    def _after_step(self, counted: _CountedStep, output: Any) -> None:
+        if counted is not self._counted:
+            # an earlier wrapper that somebody else's wrapper still holds
+            return
+        for listener in list(self._listeners):
+            listener.on_step(self, output)
+        self.position += 1
+        self._next_call = 0
 
     def _unwrap(self) -> None:
         if self._scheduler is None:
@@ -125,3 +137,23 @@ class Trajectory:
         else:
             self._scheduler.step = self._step
         self._scheduler = None
+
+
+class _CountedStep:
+    """A scheduler's `step` that tells of each call; a copy of the scheduler gets its own `step`, which does not."""
+
+    def __init__(self, scheduler: Any, after: Callable[[_CountedStep, Any], None]) -> None:
+        self._scheduler = scheduler
+        self._step = scheduler.step
+        self._after = after
+        # pipelines look at the arguments that a scheduler's step takes
+        functools.update_wrapper(self, self._step)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._step(*args, **kwargs)
+        self._after(self, output)
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # a pipeline that steps audio beside video copies the scheduler; one that keeps a state copies attributes alone
+        return copy.deepcopy(self._step, memo) if id(self._scheduler) in memo else self
