@@ -23,6 +23,8 @@ class Stream:
     signature: Any = None
     begins: int = 0
     """Step at which its warm-up began."""
+    next_position: int | None = None
+    """Step at which it must be called next for its stale values to be of the step before; None in a new sample."""
     program: Program | None = None
     workers: list[list[Worker]] = field(default_factory=list)
     """For each half of the guidance batch that this process computes, its stage ranks."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.guidance import join_halves, split_batch
@@ -135,9 +135,7 @@ class StagePipeline(TrajectoryListener):
     def on_sample_begin(self, trajectory: Trajectory) -> None:
         """Begins warm-up anew."""
         for stream in self._streams.values():
-            stream.begins = 0
-            for worker in [worker for half in stream.workers for worker in half]:
-                worker.settle()
+            stream.next_position = None
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
@@ -206,7 +204,9 @@ class StagePipeline(TrajectoryListener):
                 if plan.exchanges:
                     exchange.begin(worker, stream.program.messages, self.trajectory.position)
                 step = turn.timestep + stream.begins
-                given = with_timestep(self._forward, args, kwargs, self.trajectory, step)
+                # each run gets lists of its own: UNets take T2I adapters' residuals out of theirs
+                own_args, own_kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
+                given = with_timestep(self._forward, own_args, own_kwargs, self.trajectory, step)
                 stage_call = StageCall(stream, at, self._device, worker, plan.exchanges)
                 result = self._run_in(stage_call, call, *given)
                 if plan.exchanges:
@@ -251,19 +251,26 @@ class StagePipeline(TrajectoryListener):
     # -- before the first call of a kind ------------------------------------------------------------------------
 
     def _prepare(self, stream: Stream, inputs: Inputs) -> None:
+        position = self.trajectory.position
+        if stream.next_position != position:
+            # the sample's first such call, or one after steps without it
+            stream.begins = position
+            for worker in [worker for half in stream.workers for worker in half]:
+                worker.settle()
+        stream.next_position = position + 1
         leaves, spec = tree_flatten(inputs)
         tensors = tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else None for x in leaves)
         signature = (tensors, spec)
         if stream.signature == signature:
             return
-        if self.trajectory.position > stream.begins:
+        if position > stream.begins:
             warnings.warn(
-                f"The denoiser's inputs changed at step {self.trajectory.position} of a sample: warm-up starts again.",
+                f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
                 stacklevel=2,
             )
         for worker in [worker for half in stream.workers for worker in half]:
             worker.drop()
-        stream.signature, stream.begins = signature, self.trajectory.position
+        stream.signature, stream.begins = signature, position
         stream.likes.clear()
         self._device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         if self.settings.layout.stages == 1:
