@@ -140,10 +140,11 @@ class Results(Callback):
         assert self._part is not None
         self._part.close()
         # the rows themselves meet, not only their files: data groups need not share a disk
-        parts = gather(trainer, self._part.rows)
-        if parts is None:
+        found = gather(trainer, (self._part.rows, list(getattr(trainer.datamodule, "unreadable", ()))))
+        if found is None:
             return
-        new = [row for part in parts for row in part]
+        new = [row for rows, _ in found for row in rows]
+        unreadable = {source for _, sources in found for source in sources}
         rows = gather_parts(self.folder, new)
         results = self._results(trainer, pl_module, rows, {int(row["steps"]) for row in new})
         columns = dict.fromkeys(name for row in results for name in row)
@@ -158,6 +159,8 @@ class Results(Callback):
                     "steps=%s: the time cells are empty, since no sample was timed (a process's first call is not).",
                     row["steps"],
                 )
+        if unreadable:
+            _say(trainer, f"{len(unreadable)} of the images could not be read and were left out.")
         _say(trainer, report(results))
         _say(trainer, f"results: {self.folder}")
 
