@@ -84,6 +84,7 @@ class StagePipeline(TrajectoryListener):
         """Graph and cut in use; None before the first call."""
         self.asynchronous_steps = 0
         """Steps so far in which boundary tensors may have travelled."""
+        self._sent_before = 0
         self._programs: dict[Any, Program] = {}
         self._streams: dict[int, Stream] = {}
         self._forward = denoiser.forward
@@ -104,7 +105,8 @@ class StagePipeline(TrajectoryListener):
         """Bytes of boundary tensors that this process has sent so far."""
         if self.exchange is not None:
             return self.exchange.sent_bytes
-        return sum(exchange.sent_bytes for stream in self._streams.values() for exchange in stream.exchanges)
+        streams = self._streams.values()
+        return self._sent_before + sum(exchange.sent_bytes for stream in streams for exchange in stream.exchanges)
 
     @property
     def bytes_per_step(self) -> int:
@@ -117,6 +119,7 @@ class StagePipeline(TrajectoryListener):
 
     def reset(self) -> None:
         """Forgets the sample in work, with all stale values."""
+        self._sent_before = self.sent_bytes
         for stream in self._streams.values():
             for worker in [worker for half in stream.workers for worker in half]:
                 worker.drop()
@@ -129,6 +132,12 @@ class StagePipeline(TrajectoryListener):
         self.reset()
         self.trajectory.unsubscribe(self)
         HookRegistry.check_if_exists_or_initialize(self.denoiser).remove_hook(HOOK, recurse=True)
+        for module in self.denoiser.modules():
+            if hasattr(module, "_diffusers_hook") and not module._diffusers_hook.hooks:
+                # the registry is ours, and so is the attribute that hides the class's own forward
+                del module._diffusers_hook
+                if vars(module).get("forward") == type(module).forward.__get__(module):
+                    del module.forward
 
     # -- what the trajectory tells ------------------------------------------------------------------------------
 
@@ -282,6 +291,7 @@ class StagePipeline(TrajectoryListener):
         self.program = stream.program = self._programs[signature]
         layout, boundary = self.settings.layout, stream.program.boundary
         stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
+        self._sent_before += sum(exchange.sent_bytes for exchange in stream.exchanges)
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
 
     # -- modules ------------------------------------------------------------------------------------------------
