@@ -71,7 +71,9 @@ class Agreement(TrajectoryListener):
         device = max(tensors, key=torch.Tensor.numel).device
         prints = torch.stack([_print(tensor).to(device) for tensor in tensors])
         spread = self.exchange.spread(prints[:, 0])
-        if bool((spread > TOLERANCE * prints[:, 1]).any()):
+        differs = (spread > TOLERANCE * prints[:, 1]).any()
+        # each rank measures by its own scale: they must come to the same end, or one waits for the others for ever
+        if bool(self.exchange.spread(differs.double().reshape(1)) + differs):
             raise ValueError(
                 "The ranks of a pipeline were called with different inputs: give every rank the same prompt or image "
                 "and the same seed (`generator=torch.Generator().manual_seed(...)`)."
