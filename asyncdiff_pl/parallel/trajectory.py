@@ -54,6 +54,8 @@ class Trajectory:
         self.first_index = 0
         """Index in `timesteps` of the sample's first step: above 0 where a pipeline runs only a part of them."""
         self._signature = inspect.signature(denoiser.forward)
+        # at once: `scheduler.step(denoiser(...), ...)` looks `step` up before the first denoiser call
+        self._wrap(scheduler())
         self._handle = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
 
     @property
