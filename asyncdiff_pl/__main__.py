@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import sys
 
-from asyncdiff_pl.processes import die_with_parent, report_and_exit
+from asyncdiff_pl.cli.overview import overview, with_named_configs
+from asyncdiff_pl.processes import die_with_parent, heed_signals, report_and_exit
 
 
 def main() -> None:
     """Runs the command line; bad input ends in one sentence and exit status 2."""
     die_with_parent()
+    heed_signals()
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        sys.exit(0 if arguments else 2)
     try:
-        # seconds of imports: bad input of the shell's kind should not wait for a half-loaded command
-        from asyncdiff_pl.cli import run
+        arguments = with_named_configs(arguments)
+        # seconds of imports: help and a wrong name should not wait for them
+        from asyncdiff_pl.cli.terminal import tidy
 
-        run(sys.argv[1:])
-    except Exception as error:
+        tidy()
+        from asyncdiff_pl.cli.command import run
+
+        run(arguments)
+    except BaseException as error:
         report_and_exit(error)
 
 

@@ -1,16 +1,64 @@
-"""How the processes of a run end: together, and with one sentence where the input was bad."""
+"""How the processes of a run end: together, quickly, and with one sentence where the input was bad.
+
+Every rank finds a fault in the input that all share, and a rank whose neighbour is gone fails as well. Only the rank
+that failed first speaks: the launcher settles which one that is (strategies/launcher.py), and before the ranks are
+connected it is rank 0.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
+from types import FrameType
+from typing import NoReturn
 
 PATIENCE = 20.0
-"""Seconds that a rank above 0 leaves rank 0 to say what is wrong with the input of all."""
+"""Seconds that a rank above 0 leaves rank 0 to say what is wrong, while the ranks are not connected."""
+
+GRACE = 10.0
+"""Seconds that a process has for ending by itself."""
+
+FIRST_TO_FAIL = "This rank was the first to fail."
+"""Note on an error that its rank need not wait with: no other rank speaks."""
+
+BAD_INPUT = 2
+"""Exit status after bad input."""
+
+WORDED = ("asyncdiff_pl", "lightning")
+"""Packages whose `ValueError`s are written for users; one that comes from elsewhere is shown with its traceback."""
+
+
+class RankFailedError(Exception):
+    """Another rank failed before this one, and says why.
+
+    Args:
+        message: What happened, if nobody else says it.
+        status: Exit status of the rank that failed.
+    """
+
+    def __init__(self, message: str = "", status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the run is to stop as with Ctrl-C."""
+
+
+def own_rank() -> int:
+    """Number of this process among the ranks, as far as it is known from the environment alone."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
+
+
+def is_started_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def die_with_parent() -> None:
@@ -18,35 +66,117 @@ def die_with_parent() -> None:
 
     A killed launcher would otherwise leave ranks behind that hold their GPUs.
     """
-    if not _is_started_by_a_launcher() or not sys.platform.startswith("linux"):
+    # under torchrun every rank has a parent that started it, under Lightning's own launcher all but the first
+    is_child = is_started_by_torchrun() or int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if not is_child or not sys.platform.startswith("linux"):
         return
-    set_death_signal = 1
+    set_death_signal, init = 1, 1
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() == init:
+        # the parent died before it was asked for
+        os._exit(1)
 
 
-def report_and_exit(error: Exception) -> None:
-    """Ends this process: bad input with its sentence and status 2, anything else with its traceback and status 1.
+def heed_signals() -> None:
+    """Has Ctrl-C and SIGTERM end all ranks: rank 0 ends in order, the others at once and without a word."""
+    if own_rank() == 0:
+        signal.signal(signal.SIGTERM, _terminate)
+        _end_even_when_stuck()
+    elif is_started_by_torchrun():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    else:
+        # a terminal sends Ctrl-C to all of its processes; rank 0 ends the others after it has stopped itself
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    Set `ASYNCDIFF_PL_TRACEBACK=1` to see where a sentence comes from.
+
+def report_and_exit(error: BaseException) -> NoReturn:
+    """Ends this process after saying why, if it is this one that has to.
+
+    Bad input ends with its sentence and status 2, anything else with its traceback and status 1, and an interrupted run
+    as shells have it (130 after Ctrl-C). Set `ASYNCDIFF_PL_TRACEBACK=1` to see where a sentence comes from.
     """
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    is_input = isinstance(error, ValueError | MisconfigurationException)
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    if is_input and rank > 0:
-        # all ranks find the same fault: rank 0 says it, and takes the others with it
-        sys.stdout.flush()
-        time.sleep(PATIENCE)
-    if not is_input or os.environ.get("ASYNCDIFF_PL_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    if is_input:
+    if isinstance(error, SystemExit):
+        # Lightning leaves an interrupted run this way, after it has told the callbacks
+        cause = error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            _exit(_interrupted_status(cause))
+        _exit(error.code if isinstance(error.code, int) else int(error.code is not None))
+    if isinstance(error, KeyboardInterrupt):
+        if own_rank() == 0:
+            _say("stopped")
+        _exit(_interrupted_status(error))
+    status = exit_status(error)
+    is_input = status == BAD_INPUT
+    if is_input and own_rank() > 0 and FIRST_TO_FAIL not in getattr(error, "__notes__", ()):
+        # the first of a node goes before the others: its end is theirs
+        time.sleep(PATIENCE * (1 if os.environ.get("LOCAL_RANK") == "0" else 2))
+    sentence = None
+    if isinstance(error, RankFailedError):
+        sentence, status = str(error), error.status
+    elif is_input:
         sentence = " ".join(str(error).split())
-        print(f"asyncdiff_pl: error: {sentence}", file=sys.stderr, flush=True)
+    elif _is_named(error, "OutOfMemoryError"):
+        sentence = f"rank {own_rank()} has no GPU memory left; take smaller pictures, fewer frames or a smaller batch."
+    if sentence is None or os.environ.get("ASYNCDIFF_PL_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if sentence:
+        _say(f"error: {sentence}")
+    _exit(status)
+
+
+def exit_status(error: BaseException) -> int:
+    """Exit status of a process that ends with this error: 2 for bad input, 1 for anything else."""
+    is_worded = isinstance(error, ValueError) and _origin(error) in WORDED
+    return BAD_INPUT if is_worded or _is_named(error, "MisconfigurationException") else 1
+
+
+def _is_named(error: BaseException, name: str) -> bool:
+    # by name: their packages take seconds to import, and may not be by now
+    return name in (kind.__name__ for kind in type(error).__mro__)
+
+
+def _origin(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return "" if last is None else str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _interrupted_status(error: KeyboardInterrupt) -> int:
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+def _say(text: str) -> None:
+    print(f"asyncdiff_pl: {text}", file=sys.stderr, flush=True)
+
+
+def _exit(status: int) -> NoReturn:
     # a rank that waits for this one in a collective must not keep the interpreter from ending
     sys.stdout.flush()
-    os._exit(2 if is_input else 1)
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def _is_started_by_a_launcher() -> bool:
-    # under torchrun every rank has a parent that started it, under Lightning's own launcher all but the first
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("LOCAL_RANK", "0")) > 0
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _end_even_when_stuck() -> None:
+    """Ends this process some seconds after Ctrl-C or SIGTERM, even if it hangs in a message or on the GPU.
+
+    Python itself handles a signal only when the call in work returns.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+
+    def wait() -> None:
+        number = 0
+        while number not in (signal.SIGINT, signal.SIGTERM):
+            number = reader.recv(1)[0]
+        time.sleep(GRACE)
+        os._exit(128 + number)
+
+    threading.Thread(target=wait, name="signal-watch", daemon=True).start()

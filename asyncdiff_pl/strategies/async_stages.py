@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Layout, Parallel, parallelize
@@ -55,18 +54,30 @@ class AsyncDiffStrategy(GroupStrategy):
         self.simulate = simulate
 
     @override
-    def install(self, module: pl.LightningModule) -> Parallel:
-        if not hasattr(module, "pipeline"):
+    def check_module(self, module: pl.LightningModule) -> None:
+        if "pipeline" not in dir(module):
             raise ValueError(
                 f"AsyncDiffStrategy runs modules that have a diffusers `pipeline`, and {type(module).__name__} has "
                 "none: subclass DiffusionPredictor, or take another strategy."
             )
-        for steps in getattr(module, "num_inference_steps", []):
-            if self.stages > 1 and steps <= self.warm_up:
-                rank_zero_warn(
-                    f"With {steps} denoising steps, warm_up {self.warm_up} leaves no step for {self.stages} stages to "
-                    "gain time in: take a smaller warm_up, or cfg 2 in place of stages."
-                )
+        if self.cfg == 2 and getattr(module, "is_guided", None) is False:
+            raise ValueError(
+                "cfg 2 halves the guidance batch, but guidance is off: turn it on (a guidance scale above 1), or take "
+                "cfg 1."
+            )
+
+    @override
+    def advice(self, module: pl.LightningModule) -> str | None:
+        few = [steps for steps in getattr(module, "num_inference_steps", []) if steps <= self.warm_up]
+        if not few or self.stages == 1:
+            return None
+        return (
+            f"With {' or '.join(map(str, few))} denoising steps, warm_up {self.warm_up} leaves none for {self.stages} "
+            "stages to gain time in: take a smaller warm_up, or cfg 2 in place of stages."
+        )
+
+    @override
+    def install(self, module: pl.LightningModule) -> Parallel:
         return parallelize(
             module.pipeline,
             stages=self.stages,

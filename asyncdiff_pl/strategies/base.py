@@ -22,12 +22,12 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Groups, Layout, Parallel
 from asyncdiff_pl.processes import die_with_parent
+from asyncdiff_pl.strategies.launcher import GroupLauncher
 
 
 class GroupStrategy(ParallelStrategy):
@@ -53,6 +53,7 @@ class GroupStrategy(ParallelStrategy):
         self._groups: Groups | None = None
         self._handle: Parallel | None = None
         self._owns_connection = False
+        self._has_failed = False
 
     # -- what a subclass says -----------------------------------------------------------------------------------
 
@@ -63,6 +64,17 @@ class GroupStrategy(ParallelStrategy):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The strategy's settings for results.csv."""
+
+    def check_module(self, module: pl.LightningModule) -> None:
+        """Tells early whether a module can be run this way.
+
+        Raises:
+            ValueError: It cannot.
+        """
+
+    def advice(self, module: pl.LightningModule) -> str | None:
+        """What a user should know before a module is run this way, in a sentence."""
+        return None
 
     # -- what callbacks and data modules ask --------------------------------------------------------------------
 
@@ -137,7 +149,16 @@ class GroupStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         # under torchrun it starts nothing, but still checks devices x nodes against the world size
-        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher = GroupLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        super().connect(model)
+        # nothing is loaded by now
+        self.check_module(model)
+        advice = self.advice(model)
+        if advice:
+            rank_zero_warn(advice)
 
     @override
     def setup_environment(self) -> None:
@@ -170,7 +191,14 @@ class GroupStrategy(ParallelStrategy):
         self.model.to(self.root_device)
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._has_failed = True
+
+    @override
     def teardown(self) -> None:
+        if self._has_failed and self.world_size > 1:
+            # what is under way from and to other ranks may never arrive: all processes are about to end
+            return
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

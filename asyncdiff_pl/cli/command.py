@@ -1,0 +1,222 @@
+"""The command line: LightningCLI with our classes, runs that go on and dry runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
+
+from asyncdiff_pl import callbacks, data, models, strategies
+from asyncdiff_pl.cli.help import DESCRIPTION, USAGE, explain, sections
+from asyncdiff_pl.cli.messages import one_sentence
+from asyncdiff_pl.report.dry_run import describe_run
+
+CALLBACKS = {
+    "clip_score": callbacks.CLIPScore,
+    "step_latency": callbacks.StepLatency,
+    "device_stats": callbacks.DeviceStats,
+    "traffic": callbacks.Traffic,
+    "frame_writer": callbacks.FrameWriter,
+    "results": callbacks.Results,
+    "progress_bar": callbacks.DiffusionProgressBar,
+}
+"""Callbacks of every run, by the key of their settings; more stand at `trainer.callbacks`."""
+
+SETTINGS = {
+    "model": models.VideoPredictor,
+    "data": data.CocoCaptions,
+    "trainer.strategy": strategies.AsyncDiffStrategy,
+    **CALLBACKS,
+}
+"""Classes whose settings `--help` explains, by where they stand in a config."""
+
+
+class Parser(LightningArgumentParser):
+    """Explains our classes' settings in `--help`, and ends bad arguments in one sentence."""
+
+    @override
+    def format_help(self, *args: Any) -> str:
+        if self.usage != USAGE:
+            return super().format_help(*args)
+        groups, self._action_groups = self._action_groups, sections(self, {key.partition(".")[0] for key in SETTINGS})
+        try:
+            return explain(super().format_help(*args), SETTINGS)
+        finally:
+            # classes are instantiated by the groups that they stand in
+            self._action_groups = groups
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if not self.exit_on_error:
+            # the parser of a class within: what it says becomes a part of the whole
+            return super().error(message, ex)
+        raise ValueError(one_sentence(str(message))) from ex
+
+
+class ConfigWriter(SaveConfigCallback):
+    """Saves a run's settings in its log folder, such that they start a new run: nothing in them names this one."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        config = self.config.clone()
+        if config.resume is not None:
+            for place in _folders(config):
+                place.version = None
+        config.resume, config.dry_run = None, False
+        self.config = config
+        super().setup(trainer, pl_module, stage)
+
+
+class Command(LightningCLI):
+    """`predict` for our modules, data modules, strategies and callbacks."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        # nothing is trained here, so there is no checkpoint of the trainer to predict from
+        return {"predict": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}}
+
+    @override
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Leaves out `seed_everything`: the seed that counts is the model's."""
+
+    @override
+    def _set_seed(self) -> None:
+        """Seeds nothing; see above."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, key)
+        parser.add_argument(
+            "--resume",
+            metavar="FOLDER",
+            type=str | None,
+            default=None,
+            help="Log folder of a run that was stopped: what it has done is kept, the rest is done there. Without "
+            "--config, the run's own settings are taken.",
+        )
+        parser.add_argument(
+            "--dry-run",
+            dest="dry_run",
+            action="store_true",
+            help="Check all input, say how many samples, how long and how much disk a run takes, and do nothing.",
+        )
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # all frames of a long run would stay in memory
+        parser.set_defaults({"return_predictions": False})
+        return parser
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        _check_devices(config.trainer)
+        if config.resume is None:
+            return
+        folder = Path(config.resume)
+        places = _folders(config)
+        if not places:
+            raise ValueError("--resume needs a logger with a folder: set trainer.logger to a TensorBoardLogger.")
+        for place in places:
+            place.update({"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name})
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(one_sentence(str(error))) from error
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        for part in (self.trainer.strategy, self.datamodule, self.model, *self.trainer.callbacks):
+            check = getattr(part, "check", None)
+            if check is not None:
+                check()
+        _check_size(self.model, self.datamodule)
+        if hasattr(self.trainer.strategy, "check_module"):
+            self.trainer.strategy.check_module(self.model)
+
+    def before_predict(self) -> None:
+        """Ends a dry run here."""
+        if self.config[self.subcommand].dry_run:
+            if rank_zero_only.rank == 0:
+                print(describe_run(self.trainer, self.model, self.datamodule))
+            sys.exit(0)
+        # Lightning's answer to SIGTERM is a message to all ranks out of the signal's handler, and then to go on; ours
+        # is to end (processes.py)
+        self.trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def run(arguments: list[str]) -> None:
+    """Runs the command line.
+
+    Args:
+        arguments: What stands behind the program's name, configs by their paths.
+
+    Raises:
+        ValueError: The input is bad; the message is one sentence.
+    """
+    # Lightning starts the other ranks with these
+    sys.argv[1:] = arguments
+    Command(
+        LightningModule,
+        LightningDataModule,
+        save_config_callback=ConfigWriter,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=Trainer,
+        trainer_defaults={"use_distributed_sampler": True},
+        parser_class=Parser,
+        parser_kwargs={"predict": {"usage": USAGE, "description": DESCRIPTION}},
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        args=arguments,
+    )
+
+
+def _folders(config: Namespace) -> list[Namespace]:
+    """The settings of the loggers that write to a folder."""
+    logger = config.trainer.logger
+    loggers = logger if isinstance(logger, list) else [logger]
+    return [entry.init_args for entry in loggers if hasattr(entry, "init_args")]
+
+
+def _check_size(model: LightningModule, datamodule: LightningDataModule) -> None:
+    """Tells before anything is loaded that a pipeline does not take pictures of the data's size."""
+    multiple = getattr(model, "size_multiple", None)
+    for name in ("height", "width"):
+        pixels = getattr(datamodule, name, None)
+        if multiple and pixels and pixels % multiple:
+            raise ValueError(f"data.{name} is {pixels} pixels; the model takes multiples of {multiple}.")
+
+
+def _check_devices(trainer: Namespace) -> None:
+    """Tells early, and in plain words, that the devices asked for are not there."""
+    asked = str(trainer.devices)
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|\[?\d+(, ?\d+)*,?\]?", asked):
+        raise ValueError(f"trainer.devices is {asked}; give a number from 1 up, a list of GPUs, or auto.")
+    if trainer.accelerator not in ("gpu", "cuda"):
+        return
+    present = torch.cuda.device_count()
+    if not present:
+        raise ValueError(
+            f"trainer.accelerator is {trainer.accelerator}, but torch {torch.__version__} finds no GPU on this "
+            "machine: start it where GPUs are, or give `--trainer.accelerator cpu`."
+        )
+    if asked.isdecimal() and int(asked) > present:
+        raise ValueError(
+            f"trainer.devices is {asked}, but this machine has {present} GPUs: take a layout of fewer ranks, or more "
+            "machines (`--trainer.num_nodes`)."
+        )

@@ -1,0 +1,97 @@
+"""What the command says of itself, and the configs that come with the package: all without importing torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""Folder of the packaged configs."""
+
+PROGRAM = "python -m asyncdiff_pl"
+
+
+def overview() -> str:
+    """What `--help` says before a subcommand."""
+    return f"""\
+asyncdiff_pl: diffusion models on several GPUs at once, each sample timed and scored.
+
+  {PROGRAM} predict --config CONFIG [--SETTING VALUE ...] [--dry-run]
+
+CONFIG is a YAML file, or the name of one that comes with the package:
+{list_configs()}
+
+  try it, on any computer                  {PROGRAM} predict --config demo
+  check all input, foresee time and disk   {PROGRAM} predict --config CONFIG --dry-run
+  go on with a run that was stopped        {PROGRAM} predict --resume LOG_FOLDER
+  all settings, with units and defaults    {PROGRAM} predict --help"""
+
+
+def list_configs() -> str:
+    """The packaged configs, a line each: name and first comment."""
+    names = packaged_configs()
+    width = max(map(len, names))
+    comments = ((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0] for name in names)
+    return "\n".join(f"  {name:{width}}  {text.strip('# ')}" for name, text in zip(names, comments, strict=True))
+
+
+def packaged_configs() -> list[str]:
+    """Names of the packaged configs."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def with_named_configs(arguments: list[str]) -> list[str]:
+    """Turns names of packaged configs into paths; `--resume` alone takes the config of the run's log folder.
+
+    Args:
+        arguments: What stands behind the program's name.
+
+    Raises:
+        ValueError: There is no such config, or no such log folder.
+    """
+    found = [*arguments]
+    given: dict[str, str] = {}
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        name = {"-c": "--config"}.get(name, name)
+        if name not in ("--config", "--resume") or not (equals or at + 1 < len(arguments)):
+            continue
+        value = value if equals else arguments[at + 1]
+        given[name] = find_config(value) if name == "--config" else find_log_folder(value)
+        found[at : at + 2 - len(equals)] = [f"{name}={given[name]}"] if equals else [name, given[name]]
+    if "--resume" in given and "--config" not in given:
+        config = Path(given["--resume"]) / "config.yaml"
+        if not config.is_file():
+            raise ValueError(f"{config.parent} holds no config.yaml; add the `--config` that the run was started with.")
+        found[1:1] = ["--config", str(config)]
+    return found
+
+
+def find_config(name: str) -> str:
+    """Path of a config that is given by its path or by its name in the package."""
+    if Path(name).is_file():
+        _check_yaml(name)
+        return name
+    plain = name.removeprefix("configs/").removesuffix(".yaml")
+    candidate = CONFIGS / f"{plain}.yaml"
+    if candidate.is_file():
+        return str(candidate)
+    raise ValueError(f"There is no config {name}; give a YAML file or one of {', '.join(packaged_configs())}.")
+
+
+def _check_yaml(path: str) -> None:
+    try:
+        content = yaml.safe_load(Path(path).read_bytes())
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        raise ValueError(f"The config {path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"The config {path} holds no settings; {PROGRAM} --help lists configs to start from.")
+
+
+def find_log_folder(name: str) -> str:
+    """Path of a log folder, in full."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"There is no log folder {name} to resume; give the folder that the stopped run named.")
+    return str(folder.resolve())
