@@ -128,6 +128,16 @@ class DiffusionPredictor(LightningModule):
         """Pictures that each sample yields, to foresee the disk space."""
         return 1
 
+    @property
+    def size_multiple(self) -> int | None:
+        """What height and width of the pictures must be multiples of, in pixels; None if it is not known yet."""
+        return None
+
+    @property
+    def is_guided(self) -> bool | None:
+        """Whether the denoiser gets a guidance batch, two inputs for each sample; None if it is not known yet."""
+        return None
+
     def example_call(self, height: int, width: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
         """A denoiser on the meta device and the arguments of one call, to foresee a run's time.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -83,6 +83,21 @@ class VideoPredictor(DiffusionPredictor):
     def frames_per_sample(self) -> int:
         return self.num_frames
 
+    @property
+    @override
+    def size_multiple(self) -> int | None:
+        unet_config = read_component_config(self.pretrained, "unet")
+        vae_config = read_component_config(self.pretrained, "vae")
+        if unet_config is None or vae_config is None:
+            return None
+        # the way back up only doubles: an odd size on the way down would not come out again
+        return _halvings(vae_config) * _halvings(unet_config)
+
+    @property
+    @override
+    def is_guided(self) -> bool:
+        return self.max_guidance_scale > 1
+
     @override
     def example_call(self, height: int, width: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
         unet_config = read_component_config(self.pretrained, "unet")
@@ -93,8 +108,8 @@ class VideoPredictor(DiffusionPredictor):
             unet = UNetSpatioTemporalConditionModel.from_config(unet_config)
             # the mixing factors ignore the device above; the method of diffusers' own class warns at each cast
             nn.Module.to(unet.requires_grad_(False).eval(), "meta", self.torch_dtype)
-            scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
-            batch = 2 if self.max_guidance_scale > 1 else 1
+            scale = _halvings(vae_config)
+            batch = 2 if self.is_guided else 1
             shape = (batch, self.num_frames, unet.config.in_channels, height // scale, width // scale)
             embedding = torch.empty(batch, 1, unet.config.cross_attention_dim, dtype=self.torch_dtype)
             args = (torch.empty(shape, dtype=self.torch_dtype), torch.empty(()))
@@ -142,10 +157,14 @@ class VideoPredictor(DiffusionPredictor):
             listed = ", ".join(f"{name} {width}x{height}" for (width, height), name in sizes.items())
             raise ValueError(f"The images of one batch differ in size ({listed}); resize them or take batch size 1.")
         (width, height), name = next(iter(sizes.items()))
-        # each level but the last halves the latent, and the way back up only doubles it
-        multiple = self.pipeline.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+        multiple = self.pipeline.vae_scale_factor * _halvings(self.denoiser.config)
         if width % multiple or height % multiple:
             raise ValueError(
                 f"The image of sample {name} has {width}x{height} pixels; both must be multiples of {multiple}."
             )
         return width, height
+
+
+def _halvings(config: Mapping[str, Any]) -> int:
+    """How many times smaller the last level of a network is than its first: each level but the last halves it."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
