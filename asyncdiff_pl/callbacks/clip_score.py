@@ -39,11 +39,19 @@ class CLIPScore(Callback):
         self.model = model
         self.batch_size = batch_size
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
-        self.scorer = model or "none"
         self.scorer = "none" if model is None else f"{model} (random weights)" if is_random(model) else model
         """What the results call the model that scored."""
         self._score: TextImageScore | None = None
         self._count = SampleCount()
+
+    def check(self) -> None:
+        """Tells early that there is no such model, as far as that is known without fetching anything.
+
+        Raises:
+            ValueError: The folder is missing or holds no CLIP model.
+        """
+        if self.model is not None:
+            check_clip(self.model)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,7 +61,7 @@ class CLIPScore(Callback):
             self.scorer = "none (random weights)"
             rank_zero_info("weights are random, as asked: the pictures mean nothing and are not scored")
             return
-        check_clip(self.model)  # on all ranks, so that none waits for one that has stopped
+        self.check()  # on all ranks, so that none waits for one that has stopped
         # the first rank of each node goes first, so that a download happens once a node
         first = trainer.local_rank == 0
         loaded = load_clip(self.model) if first else None

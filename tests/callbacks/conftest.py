@@ -20,8 +20,16 @@ from asyncdiff_pl.parallel.trajectory import Trajectory
 class TinyPredictor(DiffusionPredictor):
     """Draws `num_frames` pictures of 16 x 16 pixels; `fail_at` names the sample that it dies of."""
 
-    def __init__(self, num_inference_steps=2, num_frames=3, fail_at=None, error=RuntimeError, **kwargs):
-        super().__init__("tiny", num_inference_steps, dtype="float32", weights="random", **kwargs)
+    def __init__(
+        self,
+        num_inference_steps=2,
+        num_frames=3,
+        fail_at=None,
+        error=RuntimeError,
+        weights="pretrained",
+        **kwargs,
+    ):
+        super().__init__("tiny", num_inference_steps, dtype="float32", weights=weights, **kwargs)
         self.num_frames = num_frames
         self._fail_at = fail_at
         self._error = error

@@ -21,6 +21,17 @@ def test_every_sample_is_scored_and_the_scorer_is_named(run):
     assert [event.value for event in scalars] == pytest.approx([float(row["score"]) for row in rows], abs=1e-3)
 
 
+def test_pictures_of_random_weights_are_not_scored(run, tiny_predictor):
+    ((prediction,),) = run([Results(), CLIPScore("tiny-clip")], tiny_predictor(weights="random"), ids=("1",))
+    assert "score" not in prediction.metrics
+    (row,) = read_table(run.folder / "samples.csv")
+    assert not row["score"]
+    (result,) = read_table(run.folder / "results.csv")
+    assert not result["avg_score"]
+    assert result["weights"] == "random"
+    assert result["scorer"] == "none (random weights)"
+
+
 def test_the_embedded_model_keeps_its_name():
     assert CLIPScore("tiny-clip").scorer in ("tiny-clip", "tiny-clip (random weights)")
     assert CLIPScore().scorer == "openai/clip-vit-base-patch32"

@@ -43,7 +43,7 @@ def test_every_sample_has_a_row_and_every_step_count_one(run, tiny_predictor, ca
     assert float(results[1]["avg_time"]) == pytest.approx(
         sum(float(row["seconds"]) for row in samples[4:]) / 2, rel=1e-4
     )
-    expected = {"model": "tiny", "weights": "random", "device": "cpu", "seed": "0", "world_size": "1", "cut": ""}
+    expected = {"model": "tiny", "weights": "pretrained", "device": "cpu", "seed": "0", "world_size": "1", "cut": ""}
     assert expected.items() <= results[0].items()
     assert not list(run.folder.glob("*.part*"))
     text = capsys.readouterr().out
