@@ -24,7 +24,7 @@ PATIENCE = 20.0
 GRACE = 10.0
 """Seconds that a process has for ending by itself."""
 
-FIRST_TO_FAIL = "This rank was the first to fail."
+FIRST_TO_FAIL = "No rank has told of an error before."
 """Note on an error that its rank need not wait with: no other rank speaks."""
 
 BAD_INPUT = 2

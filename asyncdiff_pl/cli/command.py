@@ -129,7 +129,7 @@ class Command(LightningCLI):
         if not places:
             raise ValueError("--resume needs a logger with a folder: set trainer.logger to a TensorBoardLogger.")
         for place in places:
-            place.update({"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name})
+            place.save_dir, place.name, place.version = str(folder.parent.parent), folder.parent.name, folder.name
 
     @override
     def instantiate_classes(self) -> None:

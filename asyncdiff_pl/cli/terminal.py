@@ -26,6 +26,7 @@ USELESS_WARNINGS = (
 USELESS_RECORDS = (
     "Tip:",
     "TPU available",
+    "distributed_backend=",
     "Detected KeyboardInterrupt",
     # pictures are read with PIL on purpose: torchvision is not needed
     "requires torchvision",

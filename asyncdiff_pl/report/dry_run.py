@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
+from asyncdiff_pl.callbacks import FrameWriter
+from asyncdiff_pl.callbacks.sample_table import key_of, read_table
 from asyncdiff_pl.parallel.guidance import find_latents, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
@@ -16,8 +20,23 @@ from asyncdiff_pl.parallel.stages.units import trace
 
 EFFICIENCY = 0.3
 """Share of a large matrix product's rate that denoisers reach in eager mode: SVD 0.32, SDXL 0.28 on an H200."""
-PNG_BYTES_PER_PIXEL = 1.6
-"""Size of a photograph's PNG, with its share of the animation."""
+
+BYTES_PER_PIXEL = {"png": 1.45, "gif": 0.65, "webp": 0.2, "none": 0.0}
+"""Size of written photographs, in the mean over COCO images of 1024x576 pixels."""
+
+
+class Cost(NamedTuple):
+    """What the denoiser costs under a layout.
+
+    Args:
+        flops: Floating-point operations of one whole call (of one half of the guidance batch with cfg 2).
+        shares: Share of them in each stage.
+        exchanged: Bytes of boundary tensors of one asynchronous step.
+    """
+
+    flops: int
+    shares: tuple[float, ...]
+    exchanged: int
 
 
 def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> str:
@@ -28,66 +47,129 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
         module: What would run; its `check` has passed.
         data: What it would run on; its `check` has passed.
     """
-    steps: list[int] = list(module.num_inference_steps)
-    samples = data.num_samples
-    frames = samples * len(steps) * module.frames_per_sample
-    height, width = getattr(data, "height", None), getattr(data, "width", None)
     strategy = trainer.strategy
+    steps: list[int] = list(module.num_inference_steps)
+    folder = Path(trainer.logger.log_dir) if trainer.logger is not None and trainer.logger.log_dir else None
+    done = _done(folder)
+    left = {n: sum((n, name) not in done for name in data.ids()) for n in steps}
+    samples = sum(left.values())
     groups = getattr(strategy, "data_size", trainer.world_size)
-    lines = [
-        f"samples: {samples} x step counts {steps} = {samples * len(steps)}, on {groups} data group(s) of "
-        f"{trainer.world_size // groups} rank(s)"
-    ]
+    ranks = trainer.world_size // groups
+    height, width = getattr(data, "height", None), getattr(data, "width", None)
+    frames = module.frames_per_sample
+    lines = {
+        "model": f"{module.pretrained}, {module.weights_description} weights, {_name(module.torch_dtype)}",
+        "samples": _samples(data.num_samples, steps, samples),
+        "ranks": f"{trainer.world_size} on {strategy.root_device.type}: {_count(groups, 'data group')} of {ranks} "
+        f"({_settings(strategy)})",
+    }
+    if samples < groups:
+        lines["ranks"] += f"; {groups - samples} of the data groups have nothing to do"
     if height is not None and width is not None:
-        size = frames * height * width * PNG_BYTES_PER_PIXEL
-        lines.append(f"disk: about {size / 2**30:.2f} GiB for {frames} frames of {width}x{height} as PNG and GIF")
         example = module.example_call(height, width)
-        if example is not None:
-            lines += _time(strategy, example, samples, steps, groups, str(module.torch_dtype))
+        if example is None:
+            lines["time"] = "not known before a run: the architecture of this checkpoint is not known without it"
         else:
-            lines.append(f"time: not known before a run; {type(module).__name__} gives no `example_call`")
-    return "\n".join(lines)
+            cost = _cost(strategy, *example)
+            if len(cost.shares) > 1:
+                lines["cut"] = (
+                    f"stages of {', '.join(f'{share:.0%}' for share in cost.shares)} of the operations, "
+                    f"{_bytes(cost.exchanged)} of boundary tensors a step"
+                )
+            lines["time"] = _time(trainer, cost, left, groups, module.torch_dtype)
+        lines["disk"] = (
+            f"about {_bytes(samples * frames * height * width * _bytes_per_pixel(trainer, frames))} for "
+            f"{_count(samples * frames, 'frame')} of {width}x{height}"
+        )
+    if folder is not None:
+        lines["folder"] = str(folder)
+    advice = strategy.advice(module) if hasattr(strategy, "advice") else None
+    if advice:
+        lines["note"] = advice
+    described = [f"{name:8} {text}" for name, text in lines.items()]
+    return "\n".join([*described, "The input is right, as far as that can be seen; nothing was run."])
 
 
-def _time(
-    strategy: Any, example: tuple[nn.Module, Any, Any], samples: int, steps: list[int], groups: int, dtype: str
-) -> list[str]:
-    twin, args, kwargs = example
+def _samples(number: int, steps: list[int], left: int) -> str:
+    planned = number * len(steps)
+    text = f"{number} of {steps[0]} steps"
+    if len(steps) > 1:
+        text = f"{number} x {len(steps)} step counts ({', '.join(map(str, steps))}) = {planned}"
+    return text + (f", {planned - left} of them done before" if left < planned else "")
+
+
+def _done(folder: Path | None) -> set[tuple[int, str]]:
+    """Keys of the samples that a run which would go on has made."""
+    if folder is None:
+        return set()
+    tables = [folder / "samples.csv", *folder.glob("samples.part*.csv")]
+    return {key_of(row) for table in tables for row in read_table(table)}
+
+
+def _cost(strategy: Any, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
+    """Traces the denoiser and cuts it as the run would.
+
+    Args:
+        strategy: Tells the layout, if it has one.
+        twin: The denoiser on the meta device.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of that call.
+    """
     if getattr(strategy, "cfg", 1) == 2:
         args, kwargs = split_batch(twin.forward, args, kwargs, 0)
     graph = trace(twin, args, kwargs, find_latents(twin.forward, args, kwargs))
     total = sum(unit.flops for unit in graph.units)
-    stages, stride = getattr(strategy, "stages", 1), getattr(strategy, "stride", 1)
-    lines = []
-    slowest = 1.0
-    if stages > 1:
-        owner = find_cut(graph, stages) if strategy.cut is None else resolve_cut(graph, strategy.cut)
-        shares = [
-            sum(u.flops for u, k in zip(graph.units, owner, strict=True) if k == s) / total for s in range(stages)
-        ]
-        slowest = max(shares)
-        travelling = bytes_per_step(graph, find_boundary(graph, owner))
-        lines.append(
-            f"cut: stages of {', '.join(f'{share:.0%}' for share in shares)} of the operations, "
-            f"{travelling / 2**20:.1f} MiB of boundary tensors a step"
-        )
-    warm_up = getattr(strategy, "warm_up", 0)
-    simulated = stages * getattr(strategy, "cfg", 1) if getattr(strategy, "simulate", False) else 1
-    calls = sum(min(n, warm_up) + max(0, n - warm_up) * (slowest / stride * simulated) for n in steps)
-    rate = _matrix_rate(strategy.root_device, dtype)
-    seconds = calls * samples / groups * total / (EFFICIENCY * rate)
-    lines.append(
-        f"time: about {_duration(seconds)} in the denoiser ({total / 1e12:.2f} TFLOP a call, {rate / 1e12:.2f} TFLOP/s "
-        f"measured in a matrix product on {strategy.root_device}, of which {EFFICIENCY:.0%} are reckoned with); "
-        "encoders, decoding and scores come on top"
+    stages = getattr(strategy, "stages", 1)
+    if stages == 1:
+        return Cost(total, (1.0,), 0)
+    owner = find_cut(graph, stages) if strategy.cut is None else resolve_cut(graph, strategy.cut)
+    shares = (sum(u.flops for u, k in zip(graph.units, owner, strict=True) if k == s) / total for s in range(stages))
+    return Cost(total, tuple(shares), bytes_per_step(graph, find_boundary(graph, owner)))
+
+
+def _time(trainer: Trainer, cost: Cost, left: dict[int, int], groups: int, dtype: torch.dtype) -> str:
+    strategy = trainer.strategy
+    warm_up = getattr(strategy, "warm_up", 0) if len(cost.shares) > 1 else 0
+    share = max(cost.shares) / getattr(strategy, "stride", 1)
+    if getattr(strategy, "simulate", False):
+        # one process computes what the ranks would, one after another
+        share = 1.0
+    halves = getattr(strategy, "cfg", 1) if getattr(strategy, "simulate", False) else 1
+    calls = sum(count * (min(n, warm_up) + max(0, n - warm_up) * share) for n, count in left.items())
+    # the last samples keep only some of the groups busy
+    calls *= halves * math.ceil(sum(left.values()) / groups) / max(1, sum(left.values()))
+    device = strategy.root_device
+    rate = EFFICIENCY * _matrix_rate(device, dtype)
+    if device.type == "cpu":
+        # the ranks share the cores
+        rate /= trainer.world_size / trainer.num_nodes
+    return (
+        f"about {_duration(calls * cost.flops / rate)} in the denoiser ({_flops(cost.flops)} a call, "
+        f"{_flops(rate)}/s a rank); encoders, decoding and scores come on top"
     )
-    return lines
 
 
-def _matrix_rate(device: torch.device, dtype: str) -> float:
-    """Operations a second of a large matrix product."""
+def _settings(strategy: Any) -> str:
+    if not hasattr(strategy, "describe"):
+        return type(strategy).__name__
+    described = {name: value for name, value in strategy.describe().items() if value not in (None, False)}
+    name = described.pop("strategy")
+    return ", ".join([name, *(f"{key} {value}" if value is not True else key for key, value in described.items())])
+
+
+def _bytes_per_pixel(trainer: Trainer, frames: int) -> float:
+    total = 0.0
+    for writer in trainer.callbacks:
+        if isinstance(writer, FrameWriter):
+            total += BYTES_PER_PIXEL["png"] * writer.png + BYTES_PER_PIXEL[writer.animation] * (frames > 1)
+    return total
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, measured."""
     size = 8192 if device.type == "cuda" else 1024
-    kind = getattr(torch, dtype.removeprefix("torch.")) if device.type == "cuda" else torch.float32
+    # CPUs have no fast half precision to foresee by
+    kind = dtype if device.type == "cuda" else torch.float32
     left = torch.randn(size, size, device=device, dtype=kind)
     times = []
     for _ in range(4):
@@ -105,3 +187,19 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e12:.3g} TFLOP" if number >= 1e11 else f"{number / 1e9:.3g} GFLOP"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
