@@ -51,7 +51,7 @@ class SampleBatches:
 
     def __init__(
         self,
-        entries: Dataset[Sample],
+        entries: StepSweep,
         batches: Sequence[Sequence[int]],
         num_workers: int,
         on_unreadable: Callable[[UnreadableSample], None],
@@ -66,6 +66,8 @@ class SampleBatches:
             collate_fn=list,
         )
         self._on_unreadable = on_unreadable
+        self.step_counts = [[entries.entries[index][0] for index in batch] for batch in batches]
+        """For each batch the step counts of its samples, known without reading them; None takes the module's."""
 
     def __len__(self) -> int:
         return len(self._loader)
