@@ -128,9 +128,10 @@ class Results(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._part is not None:
-            self._part.close()
-        if isinstance(exception, KeyboardInterrupt) and self._folder is not None:
+        if self._part is None:
+            return
+        self._part.close()
+        if self._part.rows or self.done or isinstance(exception, KeyboardInterrupt):
             _say(trainer, f"Stopped; what is done is kept. Go on with: --resume {self.folder}")
 
     # -- step counts --------------------------------------------------------------------------------------------
