@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -91,6 +92,7 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
         self._calls: list[int] = []
         self._call = -1
         self._running = Measured(0, 0, 0, 0)
+        self._recent: deque[float] = deque(maxlen=4)
         self._latency = self._step_end = self._batch_end = self._refreshed = 0.0
 
     @override
@@ -138,11 +140,14 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
     @override
     def on_step(self, trajectory: Trajectory, output: Any) -> None:
         now = time.perf_counter()
-        self._latency, self._step_end = now - self._step_end, now
+        step_seconds, self._step_end = now - self._step_end, now
+        # over some steps: with stride 2 every second one takes no time
+        self._recent.append(step_seconds)
+        self._latency = sum(self._recent) / len(self._recent)
         # some schedulers step more often than they are asked to (Heun): what counts is how far the sample is
         share = (trajectory.position + 1) / trajectory.num_steps
         steps = sum(self._calls[: self._call]) + share * self._calls[self._call]
-        self._running = Measured(0, steps, self._running.step_seconds + self._latency, 0)
+        self._running = Measured(0, steps, self._running.step_seconds + step_seconds, 0)
         if now - self._refreshed >= self.refresh_seconds:
             self._refreshed = now
             self._draw(f"step {trajectory.position + 1}/{trajectory.num_steps}")
