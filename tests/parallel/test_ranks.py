@@ -1,0 +1,220 @@
+"""The ranks themselves, over gloo: each scenario gives to the bit what all ranks in one process give.
+
+Processes are dear: one world of 2, one of 3 and one of 4 ranks, in each of which all its scenarios are played.
+"""
+
+import time
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from cuts import split_attentions
+from denoisers import NAMES, Sampler, build, ddim
+from diffusers import DDPMScheduler
+from ranks import run_ranks
+
+from asyncdiff_pl.parallel import parallelize
+
+# -- scenarios: each returns latents, the same for the ranks and for one process that plays them ------------------
+
+
+def sample(name, simulate, samplers=None, steps=7, **settings):
+    """Some samples with one handle."""
+    denoiser, scheduler = build(name), ddim()
+    parallelize(denoiser, simulate=simulate, scheduler=scheduler, **settings)
+    return [sampler(denoiser, scheduler, steps) for sampler in samplers or [Sampler(name)]]
+
+
+def guidance(simulate):
+    return [latents for name in NAMES for latents in sample(name, simulate, steps=4, cfg=2)]
+
+
+def guidance_and_stages(simulate):
+    found = sample("sdxl", simulate, stages=2, cfg=2)
+    return found + sample("animatediff", simulate, stages=2, cfg=2, warm_up=2, steps=6)
+
+
+def blocks_of_an_attention(simulate):
+    """An attention's blocks lie in several stages, and both ends of the denoiser in one."""
+    return sample("sdxl", simulate, stages=3, warm_up=1, cut=split_attentions(3))
+
+
+def ahead_with_an_extra_rank(simulate):
+    return sample("sdxl", simulate, stages=3, stride=2, warm_up=2, time_shift=True, steps=9)
+
+
+def changes(simulate, **settings):
+    """Another resolution, another batch, a batch that grows in mid-sample, broken off samples, a reset."""
+    settings = {"stages": 2, "warm_up": 2} | settings
+    denoiser, scheduler = build("sd21"), ddim()
+    one, large, two = Sampler("sd21"), Sampler("sd21", size=16), Sampler("sd21", batch=2)
+    handle = parallelize(denoiser, simulate=simulate, scheduler=scheduler, **settings)
+    found = [sampler(denoiser, scheduler, 6) for sampler in (one, large, two, one)]
+    for stop in (1, 4, 5):
+        found.append(large(denoiser, scheduler, 9, stop=stop))
+        found.append(one(denoiser, scheduler, 6))
+    one(denoiser, scheduler, 9, stop=5)
+    handle.reset()
+    found.append(one(denoiser, scheduler, 6))
+    scheduler.set_timesteps(10)
+    latents = one.latents
+    for step, t in enumerate(scheduler.timesteps):
+        if step == 5:
+            latents = torch.cat([latents] * 2)
+        estimate = (one if step < 5 else two).estimate(denoiser, scheduler, latents, t)
+        latents = scheduler.step(estimate, t, latents).prev_sample
+    return [*found, latents]
+
+
+def changes_with_stride(simulate):
+    return changes(simulate, stride=2)
+
+
+def two_calls_a_step(simulate):
+    denoiser, scheduler = build("sd21"), ddim()
+    main, extra = Sampler("sd21"), Sampler("sd21", seed=8)
+    parallelize(denoiser, stages=2, warm_up=2, simulate=simulate, scheduler=scheduler)
+    scheduler.set_timesteps(9)
+    latents = main.latents
+    for step, t in enumerate(scheduler.timesteps):
+        estimate = main.estimate(denoiser, scheduler, latents, t)
+        if step >= 2:
+            estimate = estimate + 0.5 * extra.estimate(denoiser, scheduler, latents, t)
+        latents = scheduler.step(estimate, t, latents).prev_sample
+    return [latents]
+
+
+def late_receiver(simulate):
+    """FreeU writes into what was sent while the other rank is not there yet to receive it."""
+    inside = [f"up_blocks.1.{part}" for part in ("resnets.0", "attentions.0")]
+    after = [f"up_blocks.1.{part}" for part in ("resnets.1", "attentions.1", "resnets.2", "attentions.2", "upsamplers")]
+    cut = [["conv_in", "down_blocks", "mid_block", "up_blocks.0", *inside]]
+    cut.append([*after, "up_blocks.2", "up_blocks.3", "conv_norm_out", "conv_out"])
+    denoiser, scheduler = build("sd15"), ddim()
+    denoiser.enable_freeu(0.9, 0.2, 1.5, 1.6)
+    parallelize(denoiser, stages=2, warm_up=1, cut=cut, simulate=simulate, scheduler=scheduler)
+
+    def before_step(step):
+        if not simulate and dist.get_rank() == 1:
+            time.sleep(0.1)
+        return {}
+
+    return [Sampler("sd15")(denoiser, scheduler, 6, before_step)]
+
+
+def inference_mode(simulate):
+    with torch.inference_mode():
+        found = sample("sdxl", simulate, [Sampler("sdxl"), Sampler("sdxl", batch=2)], stages=2, warm_up=1, steps=5)
+        found += sample("svd", simulate, stages=2, warm_up=1, steps=4)
+        return [latents.clone() for latents in found]
+
+
+def autocast(simulate):
+    with torch.autocast("cpu", torch.bfloat16):
+        return sample("sd21", simulate, stages=2, warm_up=1)
+
+
+SCENARIOS = {
+    2: [guidance, changes, two_calls_a_step, late_receiver, inference_mode, autocast],
+    3: [changes_with_stride, blocks_of_an_attention],
+    4: [guidance_and_stages, ahead_with_an_extra_rank],
+}
+
+# -- what is no comparison -----------------------------------------------------------------------------------------
+
+
+def ranks_with_other_noise(rank):
+    for seeds in ((0, 1), (1, 0)):
+        denoiser, scheduler = build("sd21"), ddim()
+        handle = parallelize(denoiser, stages=2, scheduler=scheduler)
+        with pytest.raises(ValueError, match=r"different inputs: .* same seed \(`generator="):
+            Sampler("sd21", seed=seeds[rank])(denoiser, scheduler, 5)
+        handle.remove()
+
+
+def ranks_with_another_prompt(rank):
+    """One of them an empty one, which is all zeros."""
+    denoiser, scheduler, sampler = build("sd21"), ddim(), Sampler("sd21")
+    sampler.kwargs["encoder_hidden_states"] *= rank
+    handle = parallelize(denoiser, stages=2, scheduler=scheduler)
+    with pytest.raises(ValueError, match="different inputs"):
+        sampler(denoiser, scheduler, 5)
+    handle.remove()
+
+
+def ranks_with_other_noise_in_the_steps(rank):
+    """The scheduler's own, drawn from the global state."""
+    denoiser, scheduler = build("sd21"), DDPMScheduler()
+    handle = parallelize(denoiser, stages=2, scheduler=scheduler, warm_up=2)
+    torch.manual_seed(rank)
+    with pytest.raises(ValueError, match=r"drifted apart in the first 2 steps.*`generator=`"):
+        Sampler("sd21")(denoiser, scheduler, 5)
+    handle.remove()
+    handle = parallelize(denoiser, stages=2, scheduler=scheduler, warm_up=2)
+    torch.manual_seed(0)
+    Sampler("sd21")(denoiser, scheduler, 5)
+    handle.remove()
+
+
+def ranks_that_do_not_fit(rank):
+    with pytest.raises(ValueError, match="does not fit 2 ranks"):
+        parallelize(build("sd21"), stages=3, scheduler=ddim())
+
+
+def removal_on_ranks(rank):
+    denoiser, scheduler, sampler = build("sd21"), ddim(), Sampler("sd21")
+    expected = sampler(denoiser, ddim(), 5)
+    handle = parallelize(denoiser, stages=2, scheduler=scheduler)
+    sampler(denoiser, scheduler, 9, stop=5)
+    assert handle.sent_bytes > 0
+    handle.remove()
+    assert torch.equal(sampler(denoiser, scheduler, 5), expected)
+
+
+CHECKS = {
+    2: [
+        ranks_with_other_noise,
+        ranks_with_another_prompt,
+        ranks_with_other_noise_in_the_steps,
+        ranks_that_do_not_fit,
+        removal_on_ranks,
+    ]
+}
+
+
+def group_sample(group: int, simulate: bool) -> list[torch.Tensor]:
+    """Each data group has samples of its own, the second one more than the first."""
+    samplers = [Sampler("sd21", seed=10 * group + i) for i in range(1, 3 + group)]
+    return sample("sd21", simulate, samplers, stages=2, warm_up=2)
+
+
+# -- worlds --------------------------------------------------------------------------------------------------------
+
+
+def play(rank, world_size, expected):
+    for scenario in SCENARIOS[world_size]:
+        same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
+    for key in reference.keys(world_size):
+        same(key, [reference.run(key, simulate=False)], expected[key])
+    for check in CHECKS.get(world_size, []):
+        check(rank)
+    if world_size == 4:
+        same("two data groups", group_sample(rank // 2, simulate=False), expected["groups"][rank // 2])
+
+
+def same(name, found, expected):
+    assert len(found) == len(expected), name
+    for at, pair in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(*pair), f"{name}, sample {at}: rank {dist.get_rank()} differs from the simulation"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.filterwarnings("ignore:The denoiser's inputs changed")
+def test_ranks(world_size):
+    expected = {scenario.__name__: scenario(simulate=True) for scenario in SCENARIOS[world_size]}
+    # within the bound of the original's latents: test_parity.py
+    expected |= {key: [reference.simulated(key)] for key in reference.keys(world_size)}
+    if world_size == 4:
+        expected["groups"] = [group_sample(group, simulate=True) for group in range(2)]
+    run_ranks(world_size, play, world_size, expected)
