@@ -19,7 +19,10 @@ from types import FrameType
 from typing import NoReturn
 
 PATIENCE = 20.0
-"""Seconds that a rank above 0 leaves rank 0 to say what is wrong, while the ranks are not connected."""
+"""Seconds that a rank leaves the first one of its node to say what is wrong, while the ranks are not connected."""
+
+NODE_PATIENCE = 5.0
+"""Seconds that the first rank of a node leaves rank 0 on another one to do so."""
 
 GRACE = 10.0
 """Seconds that a process has for ending by itself."""
@@ -109,8 +112,7 @@ def report_and_exit(error: BaseException) -> NoReturn:
     status = exit_status(error)
     is_input = status == BAD_INPUT
     if is_input and own_rank() > 0 and FIRST_TO_FAIL not in getattr(error, "__notes__", ()):
-        # the first of a node goes before the others: its end is theirs
-        time.sleep(PATIENCE * (1 if os.environ.get("LOCAL_RANK") == "0" else 2))
+        time.sleep(NODE_PATIENCE if os.environ.get("LOCAL_RANK") == "0" else PATIENCE)
     sentence = None
     if isinstance(error, RankFailedError):
         sentence, status = str(error), error.status
