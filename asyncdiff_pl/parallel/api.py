@@ -14,7 +14,7 @@ from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.stages.cut import cut_hash
-from asyncdiff_pl.parallel.stages.pipeline import Settings, StagePipeline
+from asyncdiff_pl.parallel.stages.pipeline import Settings, StagePipeline, is_installed
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 
@@ -124,11 +124,15 @@ def parallelize(
         A handle that resets and removes what was installed.
 
     Raises:
-        ValueError: A setting is out of range, or the ranks do not fit the layout.
+        ValueError: A setting is out of range, the ranks do not fit the layout, or the denoiser is in use already.
     """
     layout = Layout(stages, stride, cfg)
     check_settings(layout, warm_up, cut)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
+    if is_installed(denoiser):
+        raise ValueError(
+            f"This {type(denoiser).__name__} is cut into stages already; call `remove()` of its handle first."
+        )
     exchange, coordinates = None, (0, 0)
     if not simulate and layout.pipeline_ranks > 1:
         if not dist.is_initialized():

@@ -312,6 +312,11 @@ class StagePipeline(TrajectoryListener):
         return self._active.run_container(name, call, args, kwargs) if self._active else call(*args, **kwargs)
 
 
+def is_installed(denoiser: nn.Module) -> bool:
+    """Whether a denoiser runs in stages."""
+    return hasattr(denoiser, "_diffusers_hook") and denoiser._diffusers_hook.get_hook(HOOK) is not None
+
+
 class _Replacement(ModelHook):
     def __init__(self, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
