@@ -168,7 +168,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: The input is bad; the message is one sentence.
     """
-    # Lightning starts the other ranks with these
+    # from here the parser takes them, and Lightning for the other ranks that it starts
     sys.argv[1:] = arguments
     Command(
         LightningModule,
@@ -182,7 +182,6 @@ def run(arguments: list[str]) -> None:
         parser_kwargs={"predict": {"usage": USAGE, "description": DESCRIPTION}},
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        args=arguments,
     )
 
 

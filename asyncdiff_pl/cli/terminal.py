@@ -17,7 +17,6 @@ from asyncdiff_pl.processes import own_rank
 PACKAGE = str(Path(__file__).parents[1])
 
 USELESS_WARNINGS = (
-    ".*args parameter is intended to run from within Python.*",
     ".*does not have many workers.*",
     ".*overridden `transfer_batch_to_device`.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

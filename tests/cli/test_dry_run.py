@@ -1,0 +1,76 @@
+import re
+
+import pytest
+
+from asyncdiff_pl.callbacks.sample_table import write_table
+from asyncdiff_pl.strategies.launcher import GroupLauncher
+
+CUT = '[["conv_in", "down_blocks"], ["mid_block", "up_blocks", "conv_norm_out", "conv_out"]]'
+
+
+@pytest.fixture
+def dry_run(command, monkeypatch, capsys):
+    """Lines of a dry run by their first word; starting ranks would be an error."""
+    monkeypatch.setattr(GroupLauncher, "launch", None)
+
+    def describe(*arguments, **kwargs):
+        with pytest.raises(SystemExit) as end:
+            command.here("--dry-run", *arguments, **kwargs)
+        assert end.value.code == 0
+        return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+    return describe
+
+
+def test_samples_ranks_cut_time_and_disk(dry_run, command):
+    lines = dry_run("--data.height", "128", "--data.width", "128", "--model.num_frames", "8")
+    assert lines["samples"] == "6 of 4 steps"
+    assert lines["ranks"] == "2 on cpu: 1 data group of 2 (asyncdiff, stages 2, stride 1, warm_up 3, cfg 1)"
+    shares = [int(share) for share in re.findall(r"(\d+)%", lines["cut"])]
+    assert len(shares) == 2
+    assert sum(shares) in (99, 100, 101)
+    assert re.match(r"about \d+ (s|min) in the denoiser \(9.0\d GFLOP a call", lines["time"])
+    # 6 videos of 8 frames: PNG and GIF of photographs, 2.1 bytes a pixel
+    assert lines["disk"] == "about 1.6 MiB for 48 frames of 128x128"
+    assert lines["folder"] == str(command.folder / "run" / "version_0")
+    assert not list(command.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "text"),
+    [
+        (["--model.num_inference_steps", "[3,5]"], "samples", "6 x 2 step counts (3, 5) = 12"),
+        (["--model.num_inference_steps", "[3,5]"], "note", "With 3 denoising steps, warm_up 3 leaves none"),
+        (["--trainer.devices", "4", "--data.max_images", "1"], "ranks", "1 of the data groups have nothing to do"),
+        (["--trainer.strategy", "ddp"], "ranks", "2 on cpu: 2 data groups of 1 (DDPStrategy)"),
+        (["--frame_writer.png", "false", "--frame_writer.animation", "none"], "disk", "about 0.0 MiB"),
+        (["--trainer.strategy.cut", CUT], "cut", "stages of "),
+    ],
+)
+def test_what_a_setting_changes(dry_run, arguments, name, text):
+    assert text in dry_run(*arguments)[name]
+
+
+def test_a_cut_that_leaves_units_out(command):
+    with pytest.raises(ValueError, match=r"The cut leaves out 45 units, 'down_blocks.0.resnets.0' for one; give each"):
+        command.here("--dry-run", "--trainer.strategy.cut", '[["conv_in"], ["conv_out"]]')
+
+
+def test_what_is_done_is_not_counted(dry_run, command):
+    folder = command.log().path
+    folder.mkdir(parents=True)
+    rows = [{"steps": str(n), "id": name} for n, name in ((4, "1"), (4, "3"), (9, "1"))]
+    write_table(folder / "samples.csv", rows, ["steps", "id"])
+    lines = dry_run("--resume", str(folder))
+    assert lines["samples"] == "6 of 4 steps, 2 of them done before"
+    assert lines["folder"] == str(folder)
+
+
+def test_full_size_svd_without_gpus(command, dry_run):
+    images = ["--data.images_dir", "demo", "--data.annotations", "demo"]
+    size = ["--data.height", "576", "--data.width", "1024", "--model.num_frames", "25", "--model.weights", "random"]
+    with pytest.raises(ValueError, match=r"trainer.accelerator is gpu, but torch .* finds no GPU on this machine"):
+        command.here("--dry-run", *images, config="svd_n3")
+    lines = dry_run("--trainer.accelerator", "cpu", *images, *size, config="svd_n3")
+    assert "160 TFLOP a call" in lines["time"]
+    assert lines["model"] == "stabilityai/stable-video-diffusion-img2vid-xt, random weights, float16"
