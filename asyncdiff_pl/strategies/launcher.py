@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,9 @@ from asyncdiff_pl.processes import FIRST_TO_FAIL, GRACE, RankFailedError, exit_s
 
 INTERVAL = 0.2
 """Seconds between two looks at the other ranks' processes."""
+
+MOMENT = 0.5
+"""Seconds in which a rank that was killed shows as such."""
 
 
 class GroupLauncher(_SubprocessScriptLauncher):
@@ -77,11 +79,15 @@ class GroupLauncher(_SubprocessScriptLauncher):
 
     def _casualty(self) -> str | None:
         """Says which rank's process was killed, if one was: it could not say so itself."""
-        for rank, process in enumerate(self.procs, start=1):
-            status = _status(process)
-            if status is not None and status < 0 and not self._is_killing:
-                name = signal.Signals(-status).name
-                return f"The process of rank {rank} was killed ({name}), as the system does when memory runs out."
+        end = time.monotonic() + MOMENT
+        while not self._is_killing and self.procs and time.monotonic() < end:
+            for rank, process in enumerate(self.procs, start=1):
+                status = process.poll()
+                if status is not None and status < 0:
+                    name = signal.Signals(-status).name
+                    return f"The process of rank {rank} was killed ({name}), as the system does when memory runs out."
+            # a connection may break before its process has ended
+            time.sleep(MOMENT / 20)
         return None
 
 
@@ -100,11 +106,3 @@ def first_to_fail(status: int) -> tuple[int, int]:
         # the store lies with rank 0; where that is gone, it has failed before
         return 0, status
     return int(rank), int(status_there)
-
-
-def _status(process: subprocess.Popen[Any]) -> int | None:
-    """Exit status of a process; one that is about to end is waited for a moment."""
-    try:
-        return process.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-        return None

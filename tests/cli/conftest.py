@@ -19,7 +19,6 @@ SMALL = (
     *("--data.height", "64", "--data.width", "64", "--model.num_frames", "2"),
     *("--model.num_inference_steps", "4"),
 )
-ONE_RANK = ("--trainer.devices", "1", "--trainer.strategy.stages", "1")
 FREE = ("seconds", "timed", "step_latency_ms")
 """Columns of samples.csv that differ from run to run."""
 

@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from conftest import ONE_RANK
 
+ONE_RANK = ("--trainer.devices", "1", "--trainer.strategy.stages", "1")
 SHORT = (*ONE_RANK, "--data.max_images", "2", "--model.num_inference_steps", "1")
 
 

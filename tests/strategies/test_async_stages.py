@@ -1,0 +1,230 @@
+"""The strategy without any process: constructor, checks, numbering of ranks; and one process that plays all ranks."""
+
+import pytest
+import torch
+from diffusers.hooks import HookRegistry
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from asyncdiff_pl.data import CocoCaptions
+from asyncdiff_pl.models import VideoPredictor
+from asyncdiff_pl.strategies import AsyncDiffStrategy
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    yield
+    rank_zero_only.rank = 0
+
+
+def over(strategy, devices, nodes=1, rank=0):
+    """A strategy that takes itself for one rank of a world; no process is started."""
+    environment = LightningEnvironment()
+    environment.set_world_size(devices * nodes)
+    environment.set_global_rank(rank)
+    strategy.cluster_environment = environment
+    strategy.parallel_devices = [torch.device("cpu")] * devices
+    strategy.num_nodes = nodes
+    return strategy
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stages": 0}, "stages is 0; it must be from 1 to 8"),
+        ({"stages": 9}, "stages is 9; it must be from 1 to 8"),
+        ({"stages": 2, "stride": 3}, "stride is 3; it must be 1 or 2"),
+        ({"stages": 2, "stride": 0}, "stride is 0; it must be 1 or 2"),
+        ({"stride": 2}, "stride 2 needs at least 2 stages"),
+        ({"cfg": 3}, "cfg is 3; it must be 1 .* or 2"),
+        ({"stages": 2, "warm_up": 0}, "warm_up is 0; at least 1"),
+        ({"stages": 2, "cut": [["conv_in"]]}, "The cut has 1 stages, but stages is 2; make them equal"),
+        ({"timeout": 0.0}, "timeout is 0.0 s; give a number of seconds above 0"),
+    ],
+)
+def test_bad_settings(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        AsyncDiffStrategy(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "nodes"),
+    [
+        ({}, 1, 1),
+        ({}, 3, 2),
+        ({"stages": 2}, 2, 1),
+        ({"stages": 2}, 4, 2),
+        ({"stages": 3, "stride": 2, "cfg": 2}, 8, 1),
+        ({"stages": 8, "simulate": True}, 1, 1),
+        ({"stages": 3, "simulate": True}, 2, 1),
+    ],
+)
+def test_ranks_that_fit(settings, devices, nodes):
+    over(AsyncDiffStrategy(**settings), devices, nodes).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "nodes", "sentence"),
+    [
+        (
+            {"stages": 2},
+            1,
+            1,
+            "stages 2 . stride 1 - 1. = 2 ranks does not fit 1 ranks: start a multiple of 2",
+        ),
+        ({"stages": 2}, 3, 1, "= 2 ranks does not fit 3 ranks: start a multiple of 2"),
+        ({"stages": 2, "stride": 2}, 4, 1, "= 3 ranks does not fit 4 ranks"),
+        ({"cfg": 2}, 3, 1, "cfg 2 .* = 2 ranks does not fit 3 ranks"),
+        ({"stages": 4}, 2, 2, "= 4 ranks must lie within a node, but each node has 2 ranks: start a multiple of 4"),
+        ({"stages": 2}, 3, 2, "= 2 ranks must lie within a node, but each node has 3 ranks"),
+    ],
+)
+def test_ranks_that_do_not_fit(settings, devices, nodes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        over(AsyncDiffStrategy(**settings), devices, nodes).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "nodes", "rank", "data", "is_leader"),
+    [
+        ({}, 2, 1, 1, (1, 2), True),
+        ({"stages": 2}, 2, 1, 0, (0, 1), True),
+        ({"stages": 2}, 2, 1, 1, (0, 1), False),
+        ({"stages": 2}, 2, 2, 2, (1, 2), True),
+        ({"stages": 2}, 2, 2, 3, (1, 2), False),
+        ({"stages": 2, "cfg": 2}, 8, 1, 5, (1, 2), False),
+        ({"stages": 3, "simulate": True}, 2, 1, 1, (1, 2), True),
+    ],
+)
+def test_who_runs_which_samples(settings, devices, nodes, rank, data, is_leader):
+    strategy = over(AsyncDiffStrategy(**settings), devices, nodes, rank)
+    assert strategy.distributed_sampler_kwargs == {"rank": data[0], "num_replicas": data[1]}
+    assert strategy.is_group_leader is is_leader
+
+
+def test_groups_are_not_there_before_the_processes():
+    with pytest.raises(RuntimeError, match="exist only after `setup_environment"):
+        _ = AsyncDiffStrategy().groups
+
+
+def test_describe():
+    strategy = AsyncDiffStrategy(stages=2, stride=2, warm_up=4, time_shift=True, cfg=2)
+    assert strategy.describe() == {
+        "strategy": "asyncdiff",
+        "stages": 2,
+        "stride": 2,
+        "warm_up": 4,
+        "time_shift": True,
+        "cfg": 2,
+        "simulate": False,
+        "cut": None,
+    }
+
+
+def test_its_name_stands_for_two_stages():
+    assert StrategyRegistry.get("asyncdiff").stages == 2
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+def tiny(**settings):
+    return VideoPredictor("tiny-svd", num_frames=2, dtype="float32", **{"num_inference_steps": 4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "advice"),
+    [
+        (4, {"stages": 2}, None),
+        (
+            3,
+            {"stages": 2},
+            "With 3 denoising steps, warm_up 3 leaves none for 2 stages to gain time in: take",
+        ),
+        ([1, 2, 8], {"stages": 3}, "With 1 or 2 denoising steps, warm_up 3 leaves none for 3 stages"),
+        (1, {"cfg": 2}, None),
+        (2, {"stages": 2, "warm_up": 1}, None),
+    ],
+)
+def test_a_warm_up_that_takes_all_steps(steps, settings, advice):
+    found = AsyncDiffStrategy(**settings).advice(tiny(num_inference_steps=steps))
+    assert found is None if advice is None else found.startswith(advice)
+
+
+def test_a_split_of_guidance_that_is_off():
+    AsyncDiffStrategy(cfg=2).check_module(tiny())
+    AsyncDiffStrategy(cfg=1).check_module(tiny(max_guidance_scale=1.0))
+    with pytest.raises(ValueError, match="guidance is off: turn it on"):
+        AsyncDiffStrategy(cfg=2).check_module(tiny(max_guidance_scale=1.0))
+
+
+def test_a_module_without_a_pipeline():
+    trainer = Trainer(strategy=AsyncDiffStrategy(), accelerator="cpu", devices=1, logger=False)
+    with pytest.raises(ValueError, match="LightningModule has none: subclass DiffusionPredictor"):
+        trainer.predict(LightningModule(), CocoCaptions("demo", "demo"))
+
+
+# -- one process ------------------------------------------------------------------------------------------------------
+
+
+def predict(module, strategy, images=2):
+    trainer = Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        inference_mode=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    data = CocoCaptions("demo", "demo", max_images=images, height=64, width=64)
+    batches = trainer.predict(module, data)
+    return [frame.tobytes() for (prediction,) in batches for frame in prediction.frames]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return predict(tiny(), "auto")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"stages": 1}, {"stages": 2, "warm_up": 4, "simulate": True}, {"stages": 3, "warm_up": 9, "simulate": True}],
+)
+def test_exact_modes_make_the_pictures_of_one_gpu(plain, settings):
+    assert predict(tiny(), AsyncDiffStrategy(**settings)) == plain
+
+
+def test_stages_make_other_pictures_and_always_the_same(plain):
+    simulated = predict(tiny(), AsyncDiffStrategy(stages=2, warm_up=1, simulate=True))
+    assert simulated != plain
+    assert predict(tiny(), AsyncDiffStrategy(stages=2, warm_up=1, simulate=True)) == simulated
+
+
+def test_nothing_is_left_on_the_denoiser(plain):
+    module = tiny()
+    strategy = AsyncDiffStrategy(stages=2, warm_up=1, simulate=True)
+    predict(module, strategy, images=1)
+    assert strategy.handle is None
+    assert not any(
+        getattr(part, "_diffusers_hook", None) and HookRegistry.check_if_exists_or_initialize(part).hooks
+        for part in module.denoiser.modules()
+    )
+    assert predict(module, "auto") == plain
+
+
+def test_a_run_that_fails_leaves_nothing_either(plain, monkeypatch):
+    module = tiny()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no frames"):
+        patch.setattr(module, "_decode", lambda latents: (_ for _ in ()).throw(RuntimeError("no frames")))
+        predict(module, AsyncDiffStrategy(stages=2, warm_up=1, simulate=True))
+    assert predict(module, "auto") == plain
