@@ -8,12 +8,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from traces import shared_traces
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """Sums are grouped alike here and on ranks, so that results can be compared to the bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.no_grad():
+    with torch.no_grad(), shared_traces():
         yield
     torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks of this machine."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -9,13 +10,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# each process would import these anew, for seconds
+PRELOADED = ["torch.distributed", "asyncdiff_pl.parallel", "pytest", "numpy"]
+PRELOADED += [f"diffusers.models.unets.{name}" for name in ("unet_motion_model", "unet_spatio_temporal_condition")]
+PRELOADED += [f"diffusers.schedulers.scheduling_{name}" for name in ("ddim", "ddpm")]
+
 
 def run_ranks(world_size: int, function: Callable[..., None], *args) -> None:
     """Calls `function(rank, *args)` on each of `world_size` processes; an error in one is raised here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_main, (world_size, port, function, args), nprocs=world_size)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(_main, (world_size, port, function, args), world_size, start_method="forkserver")
 
 
 def _main(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple) -> None:

@@ -13,6 +13,7 @@ from cuts import split_attentions
 from denoisers import NAMES, Sampler, build, ddim
 from diffusers import DDPMScheduler
 from ranks import run_ranks
+from traces import shared_traces
 
 from asyncdiff_pl.parallel import parallelize
 
@@ -193,10 +194,11 @@ def group_sample(group: int, simulate: bool) -> list[torch.Tensor]:
 
 
 def play(rank, world_size, expected):
-    for scenario in SCENARIOS[world_size]:
-        same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
-    for key in reference.keys(world_size):
-        same(key, [reference.run(key, simulate=False)], expected[key])
+    with shared_traces():
+        for scenario in SCENARIOS[world_size]:
+            same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
+        for key in reference.keys(world_size):
+            same(key, [reference.run(key, simulate=False)], expected[key])
     for check in CHECKS.get(world_size, []):
         check(rank)
     if world_size == 4:
