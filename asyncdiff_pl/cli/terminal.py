@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # their log handlers, and Lightning's own way to write warnings, come with the import
+import diffusers  # noqa: F401
 import lightning.pytorch  # noqa: F401
 import transformers  # noqa: F401
 
@@ -29,6 +30,8 @@ USELESS_RECORDS = (
     "Detected KeyboardInterrupt",
     # pictures are read with PIL on purpose: torchvision is not needed
     "requires torchvision",
+    # where the cache does not have the model either, a sentence says so
+    "Couldn't connect to the Hub",
 )
 
 
@@ -44,7 +47,7 @@ def tidy() -> None:
     own.setFormatter(logging.Formatter("asyncdiff_pl: %(message)s"))
     logging.getLogger("asyncdiff_pl").handlers = [own]
     # a logger's filters see only its own records, a handler's those of all loggers below it
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "diffusers"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_useful)
     if own_rank() > 0:

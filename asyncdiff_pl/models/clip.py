@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from asyncdiff_pl.models.loading import MODELS_FOLDER, find_folder, has_weights, quiet_libraries, read_json
+from asyncdiff_pl.models.loading import (
+    MODELS_FOLDER,
+    find_folder,
+    first_reason,
+    has_weights,
+    quiet_libraries,
+    read_json,
+    why_unreachable,
+)
 from asyncdiff_pl.models.random_weights import build_random_model
 
 EMBEDDED_CLIP = ("tiny-clip",)
@@ -54,19 +62,23 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> tuple[CLIPModel,
     """
     check_clip(name)
     folder = find_folder(name, EMBEDDED_CLIP)
+    # one question to the hub: transformers would ask for each file, and wait longer each time that it fails
+    unreachable = why_unreachable(name) if folder is None else None
     with quiet_libraries():
         try:
-            processor = CLIPProcessor.from_pretrained(folder or name)
+            processor = CLIPProcessor.from_pretrained(folder or name, local_files_only=unreachable is not None)
             if is_random(name):
                 assert folder is not None
                 model = build_random_model(CLIPModel, folder, torch.float32, seed_name="clip")
             else:
-                model = CLIPModel.from_pretrained(folder or name, dtype=torch.float32)
+                model = CLIPModel.from_pretrained(
+                    folder or name, dtype=torch.float32, local_files_only=unreachable is not None
+                )
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
+            what = "could not be loaded" if unreachable is None else "is not in the cache and could not be fetched"
             raise ValueError(
-                f"The CLIP model {name} could not be loaded ({reason}); give a local folder of a CLIP model, or "
-                f"{', '.join(EMBEDDED_CLIP)} for a stand-in."
+                f"The CLIP model {name} {what} ({unreachable or first_reason(error)}); give a local folder of a CLIP "
+                f"model, or {', '.join(EMBEDDED_CLIP)} for a stand-in."
             ) from error
     assert isinstance(model, CLIPModel)
     context = model.config.text_config.max_position_embeddings

@@ -15,6 +15,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub import model_info
 from huggingface_hub.errors import HTTPError
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -259,6 +260,23 @@ def quiet_libraries(only_if: bool = True) -> Iterator[None]:
                 log.enable_progress_bar()
 
 
+def why_unreachable(name: str) -> str | None:
+    """Asks the hub once, for some seconds at most, whether it has a model; None if it does."""
+    try:
+        model_info(name, timeout=10)
+    except (OSError, HTTPError) as error:
+        return first_reason(error)
+    return None
+
+
+def first_reason(error: BaseException) -> str:
+    """What an error says that started others, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
 def _or_from_cache(fetch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return fetch(*args, **kwargs)
@@ -278,7 +296,7 @@ def _one_sentence(pretrained: str, variant: str | None) -> Iterator[None]:
             raise ValueError(
                 f"{pretrained} has no weight files of variant {variant}; set `variant: null` for the plain files."
             ) from error
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_reason(error)
         if find_folder(pretrained) is None:
             known = ", or set `weights: random`" if pretrained in ARCHITECTURES else ""
             raise ValueError(
