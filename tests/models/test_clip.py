@@ -81,5 +81,5 @@ def test_folders_that_are_no_clip_model(tmp_path):
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"owner/name is not in the cache and could not be fetched .* give a local folder"):
+    with pytest.raises(ValueError, match=r"owner/name is not in the cache and could not be fetched .* give a local"):
         load_clip("owner/name")
