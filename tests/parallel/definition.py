@@ -2,8 +2,8 @@
 
 It knows nothing of the package under test. A cut names modules. In an asynchronous step the whole denoiser runs once
 for each stage: the modules of that stage compute, every other named module returns what it returned in the step
-before, in the run of its own stage; what lies between the named modules is simply computed. A transformer with
-several blocks counts as its parts, as the house's design has it: its residual is computed, not remembered.
+before, in the run of its own stage; what lies between the named modules is simply computed. A transformer that lies in
+one stage is one module, its residual with it; of one that is cut, the parts are named, and its residual is computed.
 """
 
 from typing import Any
@@ -51,9 +51,8 @@ class Definition:
                 self._replace_leaves(name, denoiser.get_submodule(name), stage)
 
     def _replace_leaves(self, name: str, module: nn.Module, stage: int) -> None:
-        lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
         # a list of modules is never called itself
-        if isinstance(module, nn.ModuleList) or hasattr(module, "resnets") or any(len(child) > 1 for child in lists):
+        if isinstance(module, nn.ModuleList) or hasattr(module, "resnets"):
             for child_name, child in module.named_children():
                 self._replace_leaves(f"{name}.{child_name}", child, stage)
         else:

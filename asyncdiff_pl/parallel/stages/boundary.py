@@ -1,7 +1,8 @@
 """What has to travel for a given cut: the boundary tensors, who makes them and who consumes them.
 
-A consumer makes glue itself when its sources lie in several stages, from what each of them computed in the step
-before: that is what the schedule defines. Glue made by one stage alone travels as it is, once, in place of its sources.
+Glue at the end of a container (an attention's residual, say) belongs to the stage that has the whole container: its
+output travels as it is, once. A container that is cut itself has no stage of its own: a consumer then makes its glue,
+from what each stage computed in the step before.
 """
 
 from __future__ import annotations
@@ -43,11 +44,20 @@ def find_boundary(graph: Graph, owner: Sequence[int]) -> Boundary:
         graph: The denoiser's units and values.
         owner: Stage of each unit.
     """
+    whole = {
+        output.leaves[at].value
+        for container in graph.containers.values()
+        if len({owner[unit] for unit in container.units}) == 1
+        for output in container.outputs
+        for at in output.made
+    }
     maker: list[int | None] = []
     for value in graph.values:
         # sources are made before what is made from them
         stages = {maker[source] for source in value.sources if source != LATENTS} | {owner[value.unit]}
-        maker.append(stages.pop() if len(stages) == 1 else None)
+        # a container in one stage is computed there with all of its glue, whatever comes in from outside
+        is_made_by_one = value.index in whole or len(stages) == 1
+        maker.append(owner[value.unit] if is_made_by_one else None)
 
     def travelling(values: Iterable[int]) -> Iterable[int]:
         for index in values:
@@ -61,6 +71,7 @@ def find_boundary(graph: Graph, owner: Sequence[int]) -> Boundary:
     output_stage = owner[max(graph.values[index].unit for index in graph.result)]
     consumers: dict[int, set[int]] = {}
     needs = [(owner[number], unit.inputs) for number, unit in enumerate(graph.units)] + [(output_stage, graph.result)]
+    needs += [(owner[value.unit], value.sources) for value in graph.values if value.index in whole]
     for stage, inputs in needs:
         for index in travelling(inputs):
             if maker[index] != stage:
