@@ -99,6 +99,10 @@ def report_and_exit(error: BaseException) -> NoReturn:
     Bad input ends with its sentence and status 2, anything else with its traceback and status 1, and an interrupted run
     as shells have it (130 after Ctrl-C). Set `ASYNCDIFF_PL_TRACEBACK=1` to see where a sentence comes from.
     """
+    if own_rank() == 0:
+        # torchrun sends SIGTERM as soon as another rank has ended: this one is about to end anyway
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if isinstance(error, SystemExit):
         # Lightning leaves an interrupted run this way, after it has told the callbacks
         cause = error.__context__
