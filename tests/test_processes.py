@@ -147,6 +147,8 @@ def test_signals_end_a_rank_even_if_it_is_stuck(environment, number, status):
         [sys.executable, "-c", PATIENCE + STUCK], stdout=subprocess.PIPE, text=True, env=environment
     )
     process.stdout.readline()
+    # between the line and the lock it is not stuck yet: a signal would be handled there
+    time.sleep(1)
     process.send_signal(number)
     assert process.wait(timeout=10) == status
 
