@@ -1,6 +1,15 @@
 import os
+import signal
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c():
+    # a shell starts a background job with SIGINT ignored, and every process that the tests start would inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
