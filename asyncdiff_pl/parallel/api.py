@@ -42,6 +42,7 @@ class Parallel:
         self._trajectory = trajectory
         self._owns_trajectory = owns_trajectory
         self.layout = layout
+        self._is_removed = False
 
     @property
     def cut(self) -> list[list[str]] | None:
@@ -76,7 +77,13 @@ class Parallel:
             self._pipeline.reset()
 
     def remove(self) -> None:
-        """Takes everything off again: the denoiser then computes what it did before, to the bit."""
+        """Takes everything off again: the denoiser then computes what it did before, to the bit.
+
+        A second call does nothing.
+        """
+        if self._is_removed:
+            return
+        self._is_removed = True
         if self._pipeline:
             self._pipeline.remove()
         if self._agreement:

@@ -60,7 +60,11 @@ def test_a_second_handle_for_the_same_denoiser():
         parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
     handle.remove()
     assert not denoiser._forward_pre_hooks
-    parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler).remove()
+    again = parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
+    handle.remove()  # the second time: what came after it stays
+    with pytest.raises(ValueError, match="cut into stages already"):
+        parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
+    again.remove()
 
 
 def test_half_of_an_odd_batch():
