@@ -1,0 +1,35 @@
+import math
+
+import pytest
+import torch
+
+from asyncdiff_pl.metrics.paired import mean_with_error, paired_difference
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "error"),
+    [([1.0, 2.0, 3.0], 2.0, 1 / math.sqrt(3)), ([2.0, 2.0], 2.0, 0.0), ([-1.0, 1.0], 0.0, 1.0)],
+)
+def test_mean_and_standard_error(values, mean, error):
+    found = mean_with_error(torch.tensor(values))
+    assert tuple(found) == pytest.approx((mean, error))
+
+
+def test_what_is_common_to_a_pair_does_not_count():
+    common = torch.tensor([10.0, -50.0, 300.0, 7.0])
+    found = paired_difference(common + torch.tensor([1.0, 2.0, 1.0, 2.0]), common)
+    assert found.value == pytest.approx(1.5)
+    assert found.standard_error == pytest.approx(0.5 / math.sqrt(3))
+    assert found.in_standard_errors == pytest.approx(3 * math.sqrt(3))
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(1.0, math.inf), (-1.0, -math.inf), (0.0, 0.0)])
+def test_samples_that_all_agree(shift, expected):
+    assert paired_difference(torch.zeros(3) + shift, torch.zeros(3)).in_standard_errors == expected
+
+
+def test_numbers_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"equal numbers of samples; given are \(3,\), \(2,\)"):
+        paired_difference(torch.zeros(3), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"2 or more samples \[n\]; given is \(1,\)"):
+        mean_with_error(torch.zeros(1))
