@@ -20,7 +20,7 @@ class CLIPScore(Callback):
     """Sets `score` of each prediction: 100 x cosine of frame and caption, mean over captions, then over frames.
 
     Only the first rank of a data group scores, on its own device and after the timed call. TensorBoard shows the
-    samples of rank 0's data group as `score/<model>/steps=<n>`.
+    samples of rank 0's data group as `score/CLIP score (<model>)/steps=<n>`.
 
     Args:
         model: Model that scores: a hub name, a local folder, or the embedded `tiny-clip`; null scores nothing.
@@ -39,8 +39,10 @@ class CLIPScore(Callback):
         self.model = model
         self.batch_size = batch_size
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
-        self.scorer = "none" if model is None else f"{model} (random weights)" if is_random(model) else model
-        """What the results call the model that scored."""
+        self.scorer = "none"
+        """What the results call the score: it names the model, since a small one's score is not that of a real one."""
+        if model is not None:
+            self.scorer = f"CLIP score ({model}{', random weights' if is_random(model) else ''})"
         self._score: TextImageScore | None = None
         self._count = SampleCount()
 

@@ -193,7 +193,7 @@ def report(results: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
     if results and results[0]["scorer"]:
-        table.append(f"score by {results[0]['scorer']}")
+        table.append(f"score: {results[0]['scorer']}")
     return "\n".join(table)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
+from asyncdiff_pl.models.embedded import EMBEDDED_CLIP, is_trained
 from asyncdiff_pl.models.loading import (
-    MODELS_FOLDER,
     find_folder,
     first_reason,
     has_weights,
@@ -15,9 +15,6 @@ from asyncdiff_pl.models.loading import (
     why_unreachable,
 )
 from asyncdiff_pl.models.random_weights import build_random_model
-
-EMBEDDED_CLIP = ("tiny-clip",)
-"""CLIP models that ship with the package, by the name that a user gives."""
 
 
 def check_clip(name: str) -> None:
@@ -41,7 +38,7 @@ def check_clip(name: str) -> None:
 
 def is_random(name: str) -> bool:
     """Whether the model's weights are random, so that its scores mean nothing."""
-    return name in EMBEDDED_CLIP and not has_weights(MODELS_FOLDER / name)
+    return name in EMBEDDED_CLIP and not is_trained(name)
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> tuple[CLIPModel, CLIPProcessor]:

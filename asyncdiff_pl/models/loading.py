@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +19,12 @@ from huggingface_hub import model_info
 from huggingface_hub.errors import HTTPError
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from asyncdiff_pl.models.embedded import EMBEDDED, MODELS_FOLDER, embedded_folder, is_trained
 from asyncdiff_pl.models.random_weights import build_random_pipeline
 
 WeightsSource = Literal["pretrained", "random"]
 """`pretrained` loads a checkpoint's weights, `random` builds its network without them."""
 
-MODELS_FOLDER = Path(__file__).parents[1] / "assets" / "models"
-EMBEDDED = ("tiny-svd",)
-"""Pipelines that ship with the package, by the name that a user gives."""
 ARCHITECTURES: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "stabilityai/stable-video-diffusion-img2vid-xt": ("svd-xt", {}),
     "stabilityai/stable-video-diffusion-img2vid": ("svd-xt", {"unet": {"num_frames": 14}}),
@@ -47,7 +45,7 @@ def load_pipeline(
     Args:
         pipeline_class: Which pipeline; `DiffusionPipeline` lets the checkpoint say.
         pretrained: A hub name, a local folder, or the name of an embedded model.
-        weights: `pretrained` or `random`; an embedded model without weight files is random either way, with a warning.
+        weights: `pretrained` or `random`; an embedded model that is not trained is random either way, with a warning.
         dtype: Number format of the weights.
         variant: Variant of the weight files, `fp16` say; null takes the plain files.
 
@@ -127,8 +125,8 @@ def check_pretrained(pipeline_class: type[DiffusionPipeline], pretrained: str, w
 
 
 def describe_weights(pretrained: str, weights: WeightsSource) -> Literal["pretrained", "random"]:
-    """What weights a run really has: `random` also for an embedded model without weight files."""
-    if weights == "pretrained" and pretrained in EMBEDDED and not has_weights(MODELS_FOLDER / pretrained):
+    """What weights a run really has: `random` also for an embedded model that is not trained."""
+    if weights == "pretrained" and pretrained in EMBEDDED and not is_trained(pretrained):
         return "random"
     return weights
 
@@ -199,7 +197,7 @@ def find_scheduler(name: str) -> type[Any]:
 # -- folders and names; models/clip.py uses these too -----------------------------------------------------------------
 
 
-def find_folder(pretrained: str, embedded: tuple[str, ...] = EMBEDDED) -> Path | None:
+def find_folder(pretrained: str, embedded: Collection[str] = EMBEDDED) -> Path | None:
     """The folder that `pretrained` means, or None for a hub name.
 
     Args:
@@ -207,10 +205,10 @@ def find_folder(pretrained: str, embedded: tuple[str, ...] = EMBEDDED) -> Path |
         embedded: Names of embedded models.
 
     Raises:
-        ValueError: If it looks like a folder and is none.
+        ValueError: If it looks like a folder and is none, or if an embedded model's cannot be made in the cache.
     """
     if pretrained in embedded:
-        return MODELS_FOLDER / pretrained
+        return embedded_folder(pretrained)
     path = Path(pretrained).expanduser()
     if path.is_dir():
         return path
