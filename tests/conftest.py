@@ -1,15 +1,13 @@
 import os
-import signal
 
 import pytest
+from checkpoints import save_small_svd
 
 
-@pytest.fixture(autouse=True, scope="session")
-def ctrl_c():
-    # a shell starts a background job with SIGINT ignored, and every process that the tests start would inherit that
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Pipelines of the package are put together below a folder of the tests, those of other processes too."""
+    os.environ["ASYNCDIFF_PL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +17,9 @@ def own_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def small_svd(tmp_path_factory):
+    """Folder of a small Stable Video Diffusion checkpoint with random weights."""
+    return str(save_small_svd(tmp_path_factory.mktemp("small_svd")))

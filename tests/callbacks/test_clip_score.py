@@ -32,9 +32,16 @@ def test_pictures_of_random_weights_are_not_scored(run, tiny_predictor):
     assert result["scorer"] == "none (random weights)"
 
 
-def test_the_embedded_model_keeps_its_name():
-    assert CLIPScore("tiny-clip").scorer in ("tiny-clip", "tiny-clip (random weights)")
-    assert CLIPScore().scorer == "openai/clip-vit-base-patch32"
+@pytest.mark.parametrize(
+    ("model", "scorers"),
+    [
+        ("tiny-clip", ("CLIP score (tiny-clip)", "CLIP score (tiny-clip, random weights)")),
+        ("openai/clip-vit-large-patch14", ("CLIP score (openai/clip-vit-large-patch14)",)),
+        (None, ("none",)),
+    ],
+)
+def test_a_score_is_named_after_its_model(model, scorers):
+    assert CLIPScore(model).scorer in scorers
 
 
 def test_a_batch_without_frames_is_refused():

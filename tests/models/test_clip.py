@@ -49,7 +49,6 @@ def test_weights_are_the_same_each_time(clip):
     again, _ = load_clip("tiny-clip")
     for name, value in clip[0].state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    assert clip[0].logit_scale.item() == pytest.approx(2.6592)
 
 
 def test_a_saved_model_comes_back(clip, tmp_path):
@@ -58,11 +57,6 @@ def test_a_saved_model_comes_back(clip, tmp_path):
     again = load_clip(str(tmp_path))
     assert not is_random(str(tmp_path))
     assert torch.allclose(logits(clip, ["dog"], [noise(1)]), logits(again, ["dog"], [noise(1)]), rtol=1e-4)
-
-
-@pytest.mark.parametrize(("name", "random"), [("tiny-clip", True), ("openai/clip-vit-base-patch16", False)])
-def test_is_random(name, random):
-    assert is_random(name) is random
 
 
 def test_folders_that_are_no_clip_model(tmp_path):

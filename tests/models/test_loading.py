@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -7,6 +8,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDif
 from diffusers import UNetSpatioTemporalConditionModel as VideoUNet
 from huggingface_hub.errors import HTTPError
 
+from asyncdiff_pl.models.embedded import find_component
 from asyncdiff_pl.models.loading import (
     ARCHITECTURES,
     MODELS_FOLDER,
@@ -19,7 +21,6 @@ from asyncdiff_pl.models.loading import (
 )
 
 SVD_XT = "stabilityai/stable-video-diffusion-img2vid-xt"
-TINY = MODELS_FOLDER / "tiny-svd"
 
 
 def load(
@@ -41,15 +42,13 @@ def assert_same(first, second):
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return load("tiny-svd", "random")
+def saved(small_svd):
+    return Path(small_svd)
 
 
 @pytest.fixture(scope="module")
-def saved(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    tiny.save_pretrained(folder)
-    return folder
+def tiny(saved):
+    return load(saved, "random")
 
 
 @pytest.fixture
@@ -58,10 +57,10 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
-def test_random_weights_are_the_same_each_time_and_leave_the_global_state_alone(tiny):
+def test_random_weights_are_the_same_each_time_and_leave_the_global_state_alone(saved, tiny):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    again = load("tiny-svd", "random")
+    again = load(saved, "random")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() == torch.float32
     assert_same(tiny, again)
@@ -74,8 +73,8 @@ def test_random_weights_differ_between_parameters(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_random_weights_in_half_precision_are_the_rounded_ones(tiny, dtype):
-    half = parameters(load("tiny-svd", "random", dtype))
+def test_random_weights_in_half_precision_are_the_rounded_ones(saved, tiny, dtype):
+    half = parameters(load(saved, "random", dtype))
     for name, value in parameters(tiny).items():
         assert torch.equal(half[name], value.to(half[name].dtype)), name
         assert half[name].dtype == (dtype if value.is_floating_point() else value.dtype)
@@ -138,18 +137,11 @@ def test_a_folder_that_lacks_one_models_weights(saved, tmp_path):
         load(folder)
 
 
-def test_an_embedded_model_without_weights_is_random_and_says_so(tiny):
-    with pytest.warns(UserWarning, match="tiny-svd: random weights, its pictures mean nothing") as caught:
-        pipeline = load("tiny-svd")
-    assert len([w for w in caught if "random weights" in str(w.message)]) == 1
-    assert_same(tiny, pipeline)
-
-
 @pytest.mark.parametrize(
     ("pretrained", "weights", "described"),
     [
-        ("tiny-svd", "pretrained", "random"),
         ("tiny-svd", "random", "random"),
+        ("./folder", "pretrained", "pretrained"),
         (SVD_XT, "pretrained", "pretrained"),
         (SVD_XT, "random", "random"),
     ],
@@ -158,8 +150,8 @@ def test_describe_weights(pretrained, weights, described):
     assert describe_weights(pretrained, weights) == described
 
 
-def test_loading_random_weights_is_quiet(capfd):
-    load("tiny-svd", "random")
+def test_loading_random_weights_is_quiet(saved, capfd):
+    load(saved, "random")
     output = capfd.readouterr()
     assert output.out == ""
     assert output.err == ""
@@ -170,18 +162,24 @@ def test_the_packaged_architecture_is_svd_xt():
     with torch.device("meta"):
         unet = VideoUNet.from_config(VideoUNet.load_config(folder / "unet"))
     assert sum(p.numel() for p in unet.parameters()) == 1_524_623_082
-    tiny_unet = VideoUNet.load_config(TINY / "unet")
+    tiny_unet = VideoUNet.load_config(find_component("svd-unet"))
     assert tiny_unet["down_block_types"] == list(unet.config.down_block_types)
     assert tiny_unet["up_block_types"] == list(unet.config.up_block_types)
 
 
 @pytest.mark.parametrize(
-    ("pretrained", "num_frames"), [(SVD_XT, 25), (SVD_XT.removesuffix("-xt"), 14), ("tiny-svd", 8), (str(TINY), 8)]
+    ("pretrained", "num_frames", "levels"),
+    [
+        (SVD_XT, 25, [320, 640, 1280, 1280]),
+        (SVD_XT.removesuffix("-xt"), 14, [320, 640, 1280, 1280]),
+        ("tiny-svd", 8, [32, 64, 96, 96]),
+        ("a folder", 8, [32, 64, 64, 64]),
+    ],
 )
-def test_configurations_are_known_without_download(offline, pretrained, num_frames):
-    config = read_component_config(pretrained, "unet")
+def test_configurations_are_known_without_download(offline, saved, pretrained, num_frames, levels):
+    config = read_component_config(str(saved) if pretrained == "a folder" else pretrained, "unet")
     assert config["num_frames"] == num_frames
-    assert config["layers_per_block"] == 2
+    assert config["block_out_channels"] == levels
     assert read_component_config("owner/name", "unet") is None
 
 

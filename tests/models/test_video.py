@@ -20,11 +20,15 @@ def sample(name, seed=0, **kwargs):
     return Sample(id=name, image=picture(seed, **kwargs))
 
 
-def predictor(pretrained="tiny-svd", **kwargs):
-    arguments = {"num_frames": 3, "num_inference_steps": 2, "dtype": "float32", "weights": "random"}
-    module = VideoPredictor(pretrained, **{**arguments, **kwargs})
-    module.configure_model()
-    return module
+@pytest.fixture(scope="module")
+def predictor(small_svd):
+    def build(pretrained=small_svd, **kwargs):
+        arguments = {"num_frames": 3, "num_inference_steps": 2, "dtype": "float32", "weights": "random"}
+        module = VideoPredictor(pretrained, **{**arguments, **kwargs})
+        module.configure_model()
+        return module
+
+    return build
 
 
 def pixels(prediction):
@@ -32,7 +36,7 @@ def pixels(prediction):
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(predictor):
     return predictor()
 
 
@@ -52,7 +56,7 @@ def test_height_and_width_are_not_mixed_up(tiny):
     assert prediction.frames[0].size == (128, 64)
 
 
-def test_noise_follows_from_seed_and_id(tiny):
+def test_noise_follows_from_seed_and_id(predictor, tiny):
     (first,) = tiny.predict_step([sample("a")])
     tiny.predict_step([sample("between")])
     (again,) = tiny.predict_step([sample("a")])
@@ -72,7 +76,7 @@ def test_the_image_matters(tiny):
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_a_batch_gives_what_single_samples_give(chunk):
+def test_a_batch_gives_what_single_samples_give(predictor, chunk):
     module = predictor(decode_chunk_size=chunk)
     samples = [sample("a", 0), sample("b", 1)]
     together = module.predict_step(samples)
@@ -96,7 +100,7 @@ def test_a_single_video_is_the_pipelines_own(tiny):
     assert np.array_equal(np.stack([np.asarray(f) for f in frames]), pixels(prediction))
 
 
-def test_a_saved_pipeline_gives_the_same_frames(tiny, tmp_path):
+def test_a_saved_pipeline_gives_the_same_frames(predictor, tiny, tmp_path):
     tiny.pipeline.save_pretrained(tmp_path)
     (first,) = tiny.predict_step([sample("a")])
     (again,) = predictor(str(tmp_path), weights="pretrained").predict_step([sample("a")])
@@ -105,7 +109,7 @@ def test_a_saved_pipeline_gives_the_same_frames(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "diffusers.DPMSolverMultistepScheduler"])
-def test_other_schedulers_run(tiny, scheduler):
+def test_other_schedulers_run(predictor, tiny, scheduler):
     module = predictor(scheduler=scheduler)
     (first,) = module.predict_step([sample("a")])
     (again,) = module.predict_step([sample("a")])
@@ -115,7 +119,7 @@ def test_other_schedulers_run(tiny, scheduler):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_stays_finite_and_quiet(dtype, capfd):
+def test_half_precision_stays_finite_and_quiet(predictor, dtype, capfd):
     module = predictor(dtype=dtype, num_inference_steps=8)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # casting what is not finite to pixels
@@ -125,7 +129,7 @@ def test_half_precision_stays_finite_and_quiet(dtype, capfd):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_example_call_is_the_pipelines_call(guidance):
+def test_the_example_call_is_the_pipelines_call(predictor, guidance):
     module = predictor(max_guidance_scale=guidance)
     calls = []
     module.denoiser.register_forward_pre_hook(lambda unet, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)

@@ -136,8 +136,11 @@ def test_its_name_stands_for_two_stages():
 # -- modules ----------------------------------------------------------------------------------------------------------
 
 
-def tiny(**settings):
-    return VideoPredictor("tiny-svd", num_frames=2, dtype="float32", **{"num_inference_steps": 4, **settings})
+@pytest.fixture(scope="module")
+def tiny(small_svd):
+    return lambda **settings: VideoPredictor(
+        small_svd, num_frames=2, dtype="float32", **{"num_inference_steps": 4, **settings}
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,12 +157,12 @@ def tiny(**settings):
         (2, {"stages": 2, "warm_up": 1}, None),
     ],
 )
-def test_a_warm_up_that_takes_all_steps(steps, settings, advice):
+def test_a_warm_up_that_takes_all_steps(tiny, steps, settings, advice):
     found = AsyncDiffStrategy(**settings).advice(tiny(num_inference_steps=steps))
     assert found is None if advice is None else found.startswith(advice)
 
 
-def test_a_split_of_guidance_that_is_off():
+def test_a_split_of_guidance_that_is_off(tiny):
     AsyncDiffStrategy(cfg=2).check_module(tiny())
     AsyncDiffStrategy(cfg=1).check_module(tiny(max_guidance_scale=1.0))
     with pytest.raises(ValueError, match="guidance is off: turn it on"):
@@ -192,7 +195,7 @@ def predict(module, strategy, images=2):
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(tiny):
     return predict(tiny(), "auto")
 
 
@@ -200,17 +203,17 @@ def plain():
     "settings",
     [{"stages": 1}, {"stages": 2, "warm_up": 4, "simulate": True}, {"stages": 3, "warm_up": 9, "simulate": True}],
 )
-def test_exact_modes_make_the_pictures_of_one_gpu(plain, settings):
+def test_exact_modes_make_the_pictures_of_one_gpu(tiny, plain, settings):
     assert predict(tiny(), AsyncDiffStrategy(**settings)) == plain
 
 
-def test_stages_make_other_pictures_and_always_the_same(plain):
+def test_stages_make_other_pictures_and_always_the_same(tiny, plain):
     simulated = predict(tiny(), AsyncDiffStrategy(stages=2, warm_up=1, simulate=True))
     assert simulated != plain
     assert predict(tiny(), AsyncDiffStrategy(stages=2, warm_up=1, simulate=True)) == simulated
 
 
-def test_nothing_is_left_on_the_denoiser(plain):
+def test_nothing_is_left_on_the_denoiser(tiny, plain):
     module = tiny()
     strategy = AsyncDiffStrategy(stages=2, warm_up=1, simulate=True)
     predict(module, strategy, images=1)
@@ -222,7 +225,7 @@ def test_nothing_is_left_on_the_denoiser(plain):
     assert predict(module, "auto") == plain
 
 
-def test_a_run_that_fails_leaves_nothing_either(plain, monkeypatch):
+def test_a_run_that_fails_leaves_nothing_either(tiny, plain, monkeypatch):
     module = tiny()
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no frames"):
         patch.setattr(module, "_decode", lambda latents: (_ for _ in ()).throw(RuntimeError("no frames")))
