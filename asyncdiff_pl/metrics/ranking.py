@@ -31,7 +31,7 @@ def ranks_first_among(similarity: Tensor, others: Tensor) -> Tensor:
     """Whether picture i is more similar to text i than to each of its chosen other texts; a tie is a miss.
 
     Args:
-        similarity: [B, B]: pictures by texts.
+        similarity: [B, T], T from B up: pictures by texts; text i is picture i's.
         others: [B, N], int64: for each picture the other texts' indices, as `choose_others` gives them.
 
     Returns:

@@ -1,0 +1,167 @@
+"""Measures what asynchrony costs in quality: tiny-svd and tiny-sd in every layout, simulated in one process.
+
+    python scripts/measure_quality.py measure quality --shard 0/4   # one on each GPU, all in one folder
+    python scripts/measure_quality.py merge quality                  # needs no GPU
+
+`measure` appends a row for each sample to quality/samples_0of4.csv, one setting after the other; started again, it goes
+on where it was. `merge` writes samples.csv (all rows), summary.csv, quality.md and quality.png into the folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDiffusionPipeline
+from jsonargparse import auto_cli
+from quality_rows import ONE_RANK, SETTINGS, Conditions, Row, Setting, complete, read_rows, write_rows
+from scene_samples import PerSceneMotion, Scorer, generate_pictures, generate_videos, held_out, load
+from torch import Tensor
+
+from asyncdiff_pl.metrics.psnr import psnr
+from asyncdiff_pl.parallel import parallelize
+
+GUIDANCE = 5.0
+"""Guidance scale of pictures; videos have their pipeline's own, 1 to 3."""
+
+
+def measure(
+    folder: Path,
+    shard: str = "0/1",
+    svd: str | None = "tiny-svd",
+    sd: str | None = "tiny-sd",
+    clip: str = "tiny-clip",
+    samples: int = 64,
+    steps: int = 25,
+    batch_size: int = 16,
+    picture_batch_size: int = 64,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    seed: int = 0,
+) -> None:
+    """Runs held-out scenes in every setting, and compares each sample with what one rank makes of the same noise.
+
+    Args:
+        folder: Where the rows go; all shards share it.
+        shard: `0/4` runs the first fourth of the settings, `1/4` the second, and so on.
+        svd: Video pipeline: an embedded one or a folder; null leaves it out.
+        sd: Picture pipeline: an embedded one or a folder; null leaves it out.
+        clip: Model that scores: an embedded one or a folder.
+        samples: Held-out scenes.
+        steps: Denoising steps.
+        batch_size: Videos of one call; 31 of 128x128 pixels is the most that attention over time takes on a GPU.
+        picture_batch_size: Pictures of one call.
+        dtype: Number format of the pipelines; CLIP runs in float32.
+        device: Where everything runs.
+        seed: Seed of the noise, which is the same in all settings.
+    """
+    index, number = parse_shard(shard)
+    torch.backends.cudnn.deterministic = True
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"samples_{index}of{number}.csv"
+    conditions = Conditions(steps, seed, dtype)
+    scorer = Scorer(clip, device)
+    names = {kind: name for kind, name in (("svd", svd), ("sd", sd)) if name is not None}
+    jobs = [(kind, setting) for kind in names for setting in SETTINGS][index::number]
+    for kind, name in names.items():
+        done = complete([row for part in read_rows(folder, conditions) for row in part], samples)
+        todo = [setting for its_kind, setting in jobs if its_kind == kind and (name, setting) not in done]
+        if not todo:
+            continue
+        own = read_rows(folder, conditions, path.name)
+        # what was cut off in the middle is not kept
+        write_rows(path, [row for part in own for row in part if (row.model, row.setting) in done])
+        if kind == "svd":
+            pipe = load(StableVideoDiffusionPipeline, name, dtype, device)
+            generate, captions = prepare_videos(pipe, samples, steps, batch_size, device, seed)
+        else:
+            pipe = load(StableDiffusionPipeline, name, dtype, device)
+            generate, captions = prepare_pictures(pipe, samples, steps, picture_batch_size, device, seed)
+        reference = generate()
+        for setting in todo:
+            started = time.perf_counter()
+            clips = reference if setting == ONE_RANK else run(pipe, setting, generate)
+            ratios = psnr(clips, reference).tolist()
+            scores = scorer.frames(clips, captions).mean(1).tolist()
+            rows = [Row(name, conditions, setting, i, *pair) for i, pair in enumerate(zip(ratios, scores, strict=True))]
+            write_rows(path, rows, append=True)
+            means = sum(ratios) / samples, sum(scores) / samples
+            seconds = time.perf_counter() - started
+            print(f"{name}, {setting}: PSNR {means[0]:.2f} dB, score {means[1]:.2f}, {seconds:.0f} s", flush=True)
+
+
+def merge(folder: Path) -> None:
+    """Puts the shards' rows together: tables, comparisons and a plot; needs neither models nor a GPU.
+
+    Args:
+        folder: Where the rows are, and where the report goes.
+    """
+    from quality_report import write_report  # needs matplotlib, which measuring does not
+
+    print(write_report(folder))
+
+
+Samples = tuple[Callable[[], Tensor], list[tuple[str, ...]]]
+"""What makes all samples, [B, F, 3, H, W], from the same noise each time that it is called; and their captions."""
+
+
+def prepare_videos(
+    pipe: PerSceneMotion, samples: int, steps: int, batch_size: int, device: torch.device | str, seed: int
+) -> Samples:
+    """Videos from held-out scenes' pictures, each told to move as its scene does."""
+    data = held_out(samples, pipe.unet.config.num_frames, device)
+    numbers = data.motion_bucket_ids
+    return lambda: generate_videos(pipe, data.pictures, numbers, steps, batch_size, seed), data.captions
+
+
+def prepare_pictures(
+    pipe: DiffusionPipeline, samples: int, steps: int, batch_size: int, device: torch.device | str, seed: int
+) -> Samples:
+    """Pictures from one caption of each held-out scene."""
+    words = held_out(samples, device=device).captions
+    prompts = [own[index % len(own)] for index, own in enumerate(words)]
+    return lambda: generate_pictures(pipe, "prompt", prompts, GUIDANCE, steps, batch_size, seed)[:, None], words
+
+
+def run(pipe: DiffusionPipeline, setting: Setting, generate: Callable[[], Tensor]) -> Tensor:
+    """Makes all samples as the ranks of a layout would, all played in this process."""
+    handle = parallelize(
+        pipe,
+        stages=setting.stages,
+        stride=setting.stride,
+        cfg=setting.cfg,
+        warm_up=setting.warm_up,
+        simulate=True,
+    )
+    try:
+        return generate()
+    finally:
+        handle.remove()
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """Index and number of shards from `0/4`.
+
+    Raises:
+        ValueError: It does not read so.
+    """
+    parts = shard.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+        raise ValueError(f"shard is {shard}; give 0/4, 1/4, 2/4 or 3/4, say.")
+    return int(parts[0]), int(parts[1])
+
+
+def main() -> None:
+    try:
+        auto_cli([measure, merge], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

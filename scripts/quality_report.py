@@ -1,0 +1,259 @@
+"""Quality against asynchrony as tables, paired comparisons and a plot."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from quality_rows import ONE_RANK, SETTINGS, WARM_UPS, Row, Setting, describe, ranks, read_rows, write_rows
+from torch import Tensor
+
+from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
+
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = {2: "#0072B2", 3: "#E69F00", 4: "#D55E00"}
+CFG_COLOUR = "#000000"
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Quality:
+    """All samples of one model, by setting.
+
+    Args:
+        model: Pipeline.
+        psnr_db: For each setting [samples].
+        score: For each setting [samples].
+    """
+
+    model: str
+    psnr_db: dict[Setting, Tensor]
+    score: dict[Setting, Tensor]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Settings that were measured, other than one rank, in order."""
+        return [setting for setting in SETTINGS if setting in self.psnr_db and setting != ONE_RANK]
+
+    @property
+    def layouts(self) -> list[tuple[int, int, int]]:
+        """Layouts that were measured, in order."""
+        return list(dict.fromkeys(setting.layout for setting in self.settings))
+
+    def score_difference(self, setting: Setting) -> Mean | None:
+        """Score less that of one rank, over the same samples; None if one rank was not measured."""
+        return paired_difference(self.score[setting], self.score[ONE_RANK]) if ONE_RANK in self.score else None
+
+
+class Comparison(NamedTuple):
+    """Two settings on the same samples: the first should have the higher PSNR."""
+
+    model: str
+    kind: str
+    better: Setting
+    worse: Setting
+    difference: Mean
+
+    @property
+    def holds(self) -> bool:
+        """Whether it has, by more than 2 paired standard errors."""
+        return self.difference.in_standard_errors > 2
+
+
+def gather(rows: Iterable[Row]) -> list[Quality]:
+    """Rows by model and setting; where samples differ in number, the settings with fewer are left out."""
+    values: dict[str, dict[Setting, dict[int, Row]]] = {}
+    for row in rows:
+        values.setdefault(row.model, {}).setdefault(row.setting, {})[row.sample] = row
+    found = []
+    for model, settings in values.items():
+        samples = max(len(by_sample) for by_sample in settings.values())
+        whole = {setting: by for setting, by in settings.items() if len(by) == samples}
+        columns = {}
+        for name in ("psnr_db", "score"):
+            columns[name] = {
+                setting: torch.tensor([getattr(by[index], name) for index in sorted(by)], dtype=torch.float64)
+                for setting, by in whole.items()
+            }
+        found.append(Quality(model, columns["psnr_db"], columns["score"]))
+    return found
+
+
+def compare(quality: Quality) -> list[Comparison]:
+    """Each warm-up with the next shorter one, and each number of stages with the next larger one."""
+    pairs = [
+        ("warm_up", Setting(*layout, more), Setting(*layout, less))
+        for layout in quality.layouts
+        for less, more in itertools.pairwise(WARM_UPS)
+    ]
+    pairs += [
+        ("stages", Setting(few, stride, 1, warm_up), Setting(many, stride, 1, warm_up))
+        for stride in (1, 2)
+        for few, many in ((2, 3), (3, 4))
+        for warm_up in WARM_UPS
+    ]
+    there = quality.psnr_db
+    return [
+        Comparison(quality.model, kind, better, worse, paired_difference(there[better], there[worse]))
+        for kind, better, worse in pairs
+        if better in there and worse in there
+    ]
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def write_report(folder: Path) -> str:
+    """Writes samples.csv, summary.csv, quality.md and quality.png into the folder of the rows.
+
+    Returns:
+        The text of quality.md.
+
+    Raises:
+        ValueError: There are no rows, or rows made under different conditions.
+    """
+    rows = {(row.model, row.setting, row.sample): row for part in read_rows(folder) for row in part}
+    if not rows:
+        raise ValueError(f"{folder} holds no samples_*of*.csv with rows; run `measure` into it first.")
+    ordered = sorted(rows.values(), key=lambda row: (row.model, SETTINGS.index(row.setting), row.sample))
+    write_rows(folder / "samples.csv", ordered)
+    qualities = gather(ordered)
+    write_summary(folder / "summary.csv", qualities)
+    text = "\n".join(markdown(quality) for quality in qualities)
+    (folder / "quality.md").write_text(text, encoding="utf-8")
+    plot(qualities, folder / "quality.png")
+    return text
+
+
+def write_summary(path: Path, qualities: Sequence[Quality]) -> None:
+    """A line for each model and setting: means and their standard errors."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        means = [f"{name}{error}" for name in ("psnr_db", "score", "score_difference") for error in ("", "_error")]
+        writer.writerow(["model", "stages", "stride", "cfg", "warm_up", "ranks", "samples", *means])
+        for quality in qualities:
+            for setting in ([ONE_RANK] if ONE_RANK in quality.score else []) + quality.settings:
+                psnr_db = mean_with_error(quality.psnr_db[setting]) if setting != ONE_RANK else ("", "")
+                score, difference = mean_with_error(quality.score[setting]), quality.score_difference(setting)
+                figures = [*psnr_db, *score, *(difference or ("", ""))]
+                numbers = [f"{figure:.4f}" if figure != "" else "" for figure in figures]
+                samples = len(quality.score[setting])
+                writer.writerow([quality.model, *setting, ranks(setting.layout), samples, *numbers])
+
+
+def markdown(quality: Quality) -> str:
+    """Tables of PSNR and score for one model, and whether warm-up and stages work as they should."""
+    head = "| layout | ranks | " + " | ".join(f"warm-up {warm_up}" for warm_up in WARM_UPS) + " |"
+    lines = [f"### {quality.model}", "", "PSNR against the one-rank result, in dB:", "", head, "|---" * 6 + "|"]
+    scores = [head, "|---" * 6 + "|"]
+    for layout in quality.layouts:
+        cells, differences = [], []
+        for setting in (Setting(*layout, warm_up) for warm_up in WARM_UPS):
+            known = setting in quality.psnr_db
+            psnr_db = mean_with_error(quality.psnr_db[setting]) if known else None
+            difference = quality.score_difference(setting) if known else None
+            cells.append(f"{psnr_db.value:.2f} ± {psnr_db.standard_error:.2f}" if psnr_db else "")
+            differences.append(f"{difference.value:+.2f} ± {difference.standard_error:.2f}" if difference else "")
+        begin = f"| {describe(layout)} | {ranks(layout)} | "
+        lines.append(begin + " | ".join(cells) + " |")
+        scores.append(begin + " | ".join(differences) + " |")
+    if ONE_RANK in quality.score:
+        one = mean_with_error(quality.score[ONE_RANK])
+        known = f"that of one rank, {one.value:.2f} ± {one.standard_error:.2f}"
+        lines += ["", f"CLIP score (tiny-clip) less {known}, paired by sample:", "", *scores]
+    lines.append("")
+    comparisons = compare(quality)
+    for kind, what in (("warm_up", "PSNR rises with warm-up"), ("stages", "PSNR falls with stages")):
+        own = [comparison for comparison in comparisons if comparison.kind == kind]
+        if not own:
+            continue
+        holding = sum(comparison.holds for comparison in own)
+        lines.append(f"- {what}, by more than 2 paired standard errors: in {holding} of {len(own)} comparisons.")
+        lines += [
+            f"  - not so: {x.better} less {x.worse}: {x.difference.value:+.3f} ± {x.difference.standard_error:.3f} dB"
+            for x in own
+            if not x.holds
+        ]
+    lines += [*_split_guidance(quality), ""]
+    return "\n".join(lines)
+
+
+def _split_guidance(quality: Quality) -> list[str]:
+    """Splitting the guidance batch changes no staleness: it should cost nothing beyond rounding."""
+    pairs = [(Setting(2, 1, 2, warm_up), Setting(2, 1, 1, warm_up)) for warm_up in WARM_UPS]
+    there = quality.psnr_db
+    gaps = [(there[a] - there[b]).abs().max().item() for a, b in pairs if a in there and b in there]
+    if not gaps:
+        return []
+    return [
+        f"- cfg 2 x 2 stages against 2 stages: PSNR differs by at most {max(gaps):.2g} dB in any sample (rounding)."
+    ]
+
+
+def plot(qualities: Sequence[Quality], path: Path) -> None:
+    """PSNR and score over warm-up, a line for each layout and a column for each model.
+
+    Args:
+        qualities: One or more models.
+        path: PNG to write.
+    """
+    figure, grid = plt.subplots(
+        2, len(qualities), figsize=(4.2 * len(qualities) + 2.4, 6.4), dpi=130, sharex=True, squeeze=False
+    )
+    layouts = list(dict.fromkeys(layout for quality in qualities for layout in quality.layouts))
+    for column, quality in enumerate(qualities):
+        above, below = grid[:, column]
+        for at, layout in enumerate(layouts):
+            settings = [setting for setting in quality.settings if setting.layout == layout]
+            shift = (at - (len(layouts) - 1) / 2) * 0.07
+            for axes, means in (
+                (above, [mean_with_error(quality.psnr_db[setting]) for setting in settings]),
+                (below, [quality.score_difference(setting) for setting in settings]),
+            ):
+                points = [(s.warm_up + shift, *mean) for s, mean in zip(settings, means, strict=True) if mean]
+                if points:
+                    x, y, error = (torch.tensor(values) for values in zip(*points, strict=True))
+                    axes.errorbar(x, y, yerr=2 * error, label=_label(layout), **_style(layout))
+        below.axhline(0, color="0.5", linewidth=0.8, zorder=0)
+        above.set_title(quality.model)
+        below.set(xlabel="warm-up, steps", xticks=WARM_UPS)
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="0.92", linewidth=0.8)
+            axes.set_axisbelow(True)
+    grid[0, 0].set_ylabel("PSNR against one rank, dB")
+    grid[1, 0].set_ylabel("CLIP score (tiny-clip)\nless that of one rank")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.02, 1 - 2.3 / figure.get_figwidth(), 1))
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="center right")
+    figure.text(0.01, 0.005, "bars: 2 standard errors of the mean over samples", fontsize=7, color="0.4")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _label(layout: tuple[int, int, int]) -> str:
+    return f"{describe(layout)} ({ranks(layout)} ranks)"
+
+
+def _style(layout: tuple[int, int, int]) -> dict[str, object]:
+    stages, stride, cfg = layout
+    common = {"linewidth": 1.4, "markersize": 5, "capsize": 0, "elinewidth": 1}
+    if cfg > 1:
+        # lies on the line of its stages: only the marks can be seen apart
+        return common | {
+            "color": CFG_COLOUR,
+            "linestyle": "",
+            "marker": "s",
+            "markersize": 8,
+            "markerfacecolor": "none",
+        }
+    face = COLOURS[stages] if stride == 1 else "white"
+    style = "-" if stride == 1 else "--"
+    return common | {"color": COLOURS[stages], "linestyle": style, "marker": "o", "markerfacecolor": face}
