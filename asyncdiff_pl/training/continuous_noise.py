@@ -1,7 +1,7 @@
 """Noise of continuous strength, as Stable Video Diffusion has it: EDM's preconditioning for v-prediction.
 
 After Karras et al. (2022), "Elucidating the Design Space of Diffusion-Based Generative Models", section 5 and table 1,
-with data of unit variance. A network F is trained, which makes the denoiser D(x; σ) = c_skip x + c_out F(c_in x; c_noise).
+with data of unit variance. A network F is trained; the denoiser is D(x; σ) = c_skip x + c_out F(c_in x; c_noise).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Preconditioning(NamedTuple):
-    """What surrounds the network at some noise levels, each of σ's shape; the scheduler of the pipeline has the same."""
+    """What surrounds the network at some noise levels, each of σ's shape; the pipeline's scheduler has the same."""
 
     c_skip: Tensor
     c_out: Tensor

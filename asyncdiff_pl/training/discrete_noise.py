@@ -1,7 +1,7 @@
 """Noise in discrete timesteps, as DDPM and Stable Diffusion have it: x_t = √ᾱ_t x + √(1 − ᾱ_t) n.
 
-After Ho et al. (2020), "Denoising Diffusion Probabilistic Models", equation 4; v-prediction after Salimans and Ho (2022),
-"Progressive Distillation for Fast Sampling of Diffusion Models", appendix D.
+After Ho et al. (2020), "Denoising Diffusion Probabilistic Models", equation 4; v-prediction after Salimans and Ho
+(2022), "Progressive Distillation for Fast Sampling of Diffusion Models", appendix D.
 """
 
 from __future__ import annotations

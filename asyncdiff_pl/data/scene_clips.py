@@ -1,0 +1,249 @@
+"""The data module for training: scenes without end, worded in the workers and drawn on the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from typing_extensions import override
+
+from asyncdiff_pl.data.scenes import (
+    CLASS_NAMES,
+    NUM_WORDINGS,
+    Scenes,
+    Split,
+    captions,
+    changed_captions,
+    class_caption,
+    class_of,
+    draw,
+    sample_scenes,
+)
+
+TokenMaker = Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[Tensor, Tensor]]
+"""Turns captions and changed captions into tokens."""
+
+
+@dataclass
+class SceneBatches(IterableDataset):
+    """Batches of scenes without their pictures, each in its place: batch n of a rank is the same in every run.
+
+    Args:
+        split: Which scenes.
+        batch_size: Scenes of a batch.
+        first: Number of the first batch of this rank.
+        number: Batches; None for no end.
+        rank: Which of the ranks this one is; ranks take other scenes.
+        ranks: How many ranks there are.
+        fps: Least and highest frame rate, whole numbers of frames a second.
+        max_objects: Most objects of a scene.
+        changed: Number of changed captions of each scene.
+        class_captions: Share of all captions that only name the class of a scene's single object.
+        tokenize: Makes tokens of the captions as well.
+    """
+
+    split: Split
+    batch_size: int
+    first: int
+    number: int | None
+    rank: int
+    ranks: int
+    fps: tuple[int, int]
+    max_objects: int
+    changed: int
+    class_captions: float = 0.0
+    tokenize: TokenMaker | None = None
+
+    @override
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        step, place = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        while self.number is None or place < self.number:
+            yield self.batch(self.first + place)
+            place += step
+
+    def batch(self, place: int) -> dict[str, Any]:
+        """Batch number `place` of this rank: index, fps, captions, changed captions and labels."""
+        start = (place * self.ranks + self.rank) * self.batch_size
+        index = torch.arange(start, start + self.batch_size)
+        # a state of its own: a batch depends on its place alone
+        generator = torch.Generator().manual_seed(start)
+        scenes = sample_scenes(index, self.split, max_objects=self.max_objects)
+        low, high = self.fps
+        label = class_of(scenes)
+        texts, changes = self._texts(scenes, generator)
+        caption_label = self._shorten(scenes, label, texts, changes, generator)
+        batch = {
+            "index": index,
+            "fps": torch.randint(low, high + 1, (self.batch_size,), generator=generator).float(),
+            "captions": texts,
+            "changed_captions": changes,
+            "label": label,
+            "caption_label": caption_label,
+        }
+        if self.tokenize is not None:
+            batch["tokens"], batch["changed_tokens"] = self.tokenize(texts, changes)
+        return batch
+
+    def _texts(self, scenes: Scenes, generator: torch.Generator) -> tuple[list[str], list[list[str]]]:
+        """For each scene one of its captions, and changed ones of the same wording."""
+        wordings = torch.randint(NUM_WORDINGS, (len(scenes),), generator=generator)
+        texts = [five[wording] for five, wording in zip(captions(scenes), wordings.tolist(), strict=True)]
+        changes: list[list[str]] = [[] for _ in texts]
+        for wording in range(NUM_WORDINGS if self.changed else 0):
+            (rows,) = torch.where(wordings == wording)
+            if len(rows):
+                found = changed_captions(scenes[rows], self.changed, wording)
+                for row, change in zip(rows.tolist(), found, strict=True):
+                    changes[row] = change
+        return texts, changes
+
+    def _shorten(
+        self,
+        scenes: Scenes,
+        label: Tensor,
+        texts: list[str],
+        changes: list[list[str]],
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Names only the class in some captions of single objects; labels [B] of these captions, -1 of the others."""
+        single = scenes.number == 1
+        share = self.class_captions * len(single) / single.sum().clamp(min=1)
+        chosen = single & (torch.rand(len(single), generator=generator) < share)
+        for row in torch.where(chosen)[0].tolist():
+            own = int(label[row])
+            others = torch.randperm(len(CLASS_NAMES) - 1, generator=generator)[: self.changed].tolist()
+            texts[row] = class_caption(CLASS_NAMES[own])
+            changes[row] = [class_caption(CLASS_NAMES[other + (other >= own)]) for other in others]
+        return torch.where(chosen, label, -1)
+
+
+class SceneClips(LightningDataModule):
+    """Clips of scenes that the package draws itself, with captions: training scenes never come twice.
+
+    The workers make the captions, the training device draws. A run that goes on continues with the scenes that come
+    next, and each rank has scenes of its own; validation scenes are the same each time.
+
+    Args:
+        batch_size: Clips of a batch, on each rank.
+        num_frames: Frames of a clip; 1 gives pictures.
+        size: Height and width of the pictures, in pixels.
+        min_fps: Least frame rate, a whole number of frames a second.
+        max_fps: Highest frame rate; clips have all whole numbers between.
+        max_start: Latest start of a training clip, in s; captions describe scenes as they are at 0 s.
+        max_objects: Most objects of a scene, 1 to 3.
+        changed_captions: Captions of each scene that are wrong in one attribute.
+        validation_changed_captions: The same for validation scenes; the number of `changed_captions` if null.
+        class_captions: Share of training captions that are short and name the class alone; single objects have them.
+        validation_batches: Number of validation batches, shared out over the ranks.
+        num_workers: Processes that make captions; 0 makes them in the training process.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_frames: int = 8,
+        size: int = 128,
+        min_fps: int = 5,
+        max_fps: int = 10,
+        max_start: float = 0.0,
+        max_objects: int = 3,
+        changed_captions: int = 0,
+        validation_changed_captions: int | None = None,
+        class_captions: float = 0.0,
+        validation_batches: int = 8,
+        num_workers: int = 4,
+    ) -> None:
+        super().__init__()
+        least = {
+            "batch_size": batch_size,
+            "num_frames": num_frames,
+            "size": size,
+            "validation_batches": validation_batches,
+        }
+        for name, value in least.items():
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}; give a number from 1 up.")
+        if not 2 <= min_fps <= max_fps:
+            raise ValueError(f"min_fps is {min_fps} and max_fps {max_fps}; give 2 <= min_fps <= max_fps.")
+        if not 1 <= max_objects <= 3:
+            raise ValueError(f"max_objects is {max_objects}; give 1, 2 or 3.")
+        self.batch_size = batch_size
+        self.num_frames = num_frames
+        self.size = size
+        self.fps = (min_fps, max_fps)
+        self.max_start = max_start
+        self.max_objects = max_objects
+        self.changed = changed_captions
+        self.validation_changed = (
+            changed_captions if validation_changed_captions is None else validation_changed_captions
+        )
+        self.class_captions = class_captions
+        self.validation_batches = validation_batches
+        self.num_workers = num_workers
+        self.tokenize: TokenMaker | None = None
+        """Makes tokens in the workers, if a module sets it."""
+
+    @override
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return self._loader("train", first=done, number=None)
+
+    @override
+    def val_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        # every rank has as many: their collectives go in step
+        return self._loader("validation", first=0, number=max(1, self.validation_batches // self.trainer.world_size))
+
+    def _loader(self, split: Split, first: int, number: int | None) -> DataLoader:
+        assert self.trainer is not None
+        is_training = split == "train"
+        batches = SceneBatches(
+            split,
+            self.batch_size,
+            first,
+            number,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            self.fps,
+            self.max_objects,
+            self.changed if is_training else self.validation_changed,
+            self.class_captions if is_training else 0.0,
+            self.tokenize,
+        )
+        workers = self.num_workers if is_training else min(1, self.num_workers)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_set_up_worker,
+        )
+
+    @override
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Draws the clips on the device that the batch is on."""
+        assert self.trainer is not None
+        index, fps = batch["index"], batch["fps"]
+        is_training = self.trainer.training
+        scenes = sample_scenes(index, "train" if is_training else "validation", max_objects=self.max_objects)
+        times = torch.arange(self.num_frames, device=fps.device) / fps[:, None]
+        if is_training and self.max_start:
+            times = times + self.max_start * torch.rand_like(fps)[:, None]
+        return {**batch, "frames": draw(scenes, times, self.size)}
+
+
+def _set_up_worker(number: int) -> None:
+    torch.set_num_threads(1)
+    # a worker is a copy of a process that may have used the tokenizer's threads, which are not copied
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

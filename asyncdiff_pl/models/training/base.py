@@ -1,0 +1,193 @@
+"""The LightningModule that trains one network: what all networks have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.training.learning_rate import warm_up_cosine
+
+Batch = dict[str, Any]
+"""`frames` [B, F, 3, H, W] from 0 to 1, `captions`, `changed_captions`, `fps` [B], `label` [B]; data/scene_clips.py."""
+
+
+class NetworkTraining(LightningModule):
+    """Trains one network with AdamW: a subclass builds it, and says what its loss is.
+
+    Parts that stay as they are go into `frozen`, not into attributes: they are no part of checkpoints, averages or DDP.
+
+    Args:
+        network: What is trained; its class has `save_pretrained`.
+        learning_rate: Highest learning rate.
+        weight_decay: Decay of matrices and kernels; biases and norms have none.
+        beta2: Decay of the mean square of the gradients.
+        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+    """
+
+    def __init__(
+        self, network: nn.Module, learning_rate: float, weight_decay: float, beta2: float, warm_up: int, compile: bool
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0 or warm_up < 0:
+            raise ValueError(f"learning_rate is {learning_rate} and warm_up {warm_up} steps; give above 0, and from 0.")
+        self.network = network.train().requires_grad_(True)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.beta2 = beta2
+        self.warm_up = warm_up
+        self.compile_network = compile
+        self.frozen: dict[str, nn.Module] = {}
+        """Networks that are used and not trained, by name."""
+        self._sums: dict[str, Any] = {}
+        self._summed = 0
+
+    # -- what a subclass says -----------------------------------------------------------------------------------
+
+    def load_frozen(self) -> dict[str, nn.Module]:
+        """Loads the parts that are not trained, once, before the first step."""
+        return {}
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """What is to become small, as `loss`, and the parts that it is made of; each is logged."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its loss is.")
+
+    def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        """Measures of a validation batch, logged as their means over all batches.
+
+        Args:
+            batch: The batch.
+            number: Number of the batch; the same on each call, so noise may be drawn from it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how it is validated.")
+
+    def pictures(self, batch: Batch) -> Tensor | None:
+        """Pictures [rows, columns, 3, H, W] from 0 to 1 to look at, made from the first validation batch."""
+        return None
+
+    def export(self, folder: Path) -> None:
+        """Writes the network as the pipelines load it: config.json and weights in float16.
+
+        Args:
+            folder: Is made if it is not there.
+        """
+        with quiet_libraries():
+            copy.deepcopy(self.network).half().cpu().save_pretrained(folder)
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        if not self.frozen:
+            self.frozen = {name: part.eval().requires_grad_(False) for name, part in self.load_frozen().items()}
+
+    @override
+    def on_fit_start(self) -> None:
+        for part in self.frozen.values():
+            part.to(self.device)
+        if self.compile_network:
+            self.network.compile()
+
+    @override
+    def on_train_start(self) -> None:
+        # noise differs from rank to rank, and a run that goes on does not draw that of its first steps again
+        torch.manual_seed(hash((torch.initial_seed(), self.global_rank, self.global_step)))
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        parts = self.loss(batch)
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._summed += 1
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            # means over the steps since the last time, which are made on the device
+            self.log_dict({f"train/{name}": total / self._summed for name, total in self._sums.items()})
+            self.log("train/learning_rate", self._schedule.get_last_lr()[0])
+            self._sums, self._summed = {}, 0
+        return parts["loss"]
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with self._as_called_by_pipelines():
+            found = self.validate(batch, batch_idx)
+            number = len(batch["frames"])
+            measures = {f"validation/{name}": value for name, value in found.items()}
+            self.log_dict(measures, sync_dist=True, batch_size=number)
+            if batch_idx == 0 and not self.trainer.sanity_checking and self.trainer.is_global_zero:
+                self._show(batch)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        total = self.trainer.max_steps
+        if total < 1:
+            raise ValueError(
+                f"trainer.max_steps is {total}; say how many training steps there are (`--trainer.max_steps 1000`), "
+                "since the learning rate falls to 0 over them."
+            )
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.learning_rate, betas=(0.9, self.beta2), fused=self.device.type == "cuda"
+        )
+        schedule = LambdaLR(optimizer, partial(warm_up_cosine, warm_up=self.warm_up, total=total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    @property
+    def _schedule(self) -> LambdaLR:
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LambdaLR)
+        return schedule
+
+    @contextmanager
+    def _as_called_by_pipelines(self) -> Iterator[None]:
+        """Runs the network in eval mode and without its compiled form, which other sizes would compile anew."""
+        compiled, self.network._compiled_call_impl = self.network._compiled_call_impl, None
+        try:
+            yield
+        finally:
+            self.network._compiled_call_impl = compiled
+
+    def _show(self, batch: Batch) -> None:
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers:
+            return
+        pictures = self.pictures(batch)
+        if pictures is not None:
+            rows = [torch.cat(list(row), dim=-1) for row in pictures.float().clamp(0, 1)]
+            loggers[0].experiment.add_image("validation/pictures", torch.cat(rows, dim=-2).cpu(), self.global_step)
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] from 0 to 1 as pipelines take it."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+@contextmanager
+def drawn_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Makes all that is drawn within depend on the seed alone, and puts the random state back.
+
+    Args:
+        seed: Any number.
+        device: Where it is drawn, besides the CPU.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

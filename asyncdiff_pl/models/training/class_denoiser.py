@@ -1,0 +1,102 @@
+"""Trains a diffusion transformer: a class gives a picture."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor
+from typing_extensions import override
+
+from asyncdiff_pl.models.training.base import Batch
+from asyncdiff_pl.models.training.components import new_network
+from asyncdiff_pl.models.training.still_denoiser import StillDenoiserTraining
+
+NULL_CLASS = 1000
+"""The class that stands for none in guidance: `DiTPipeline` has no other."""
+
+
+class ClassDenoiserTraining(StillDenoiserTraining):
+    """Trains the network of `DiTPipeline` for first frames, by the class of the scene.
+
+    Args:
+        architecture: A folder with the config.json of a `DiTTransformer2DModel` with 1,000 classes, as its pipeline has
+            it, or the name of a component of the package.
+        autoencoder: A trained autoencoder: a folder as exported, or the name of a component.
+        scheduler: The pipeline whose scheduler is used, for noise and for samples: an embedded one, or a folder.
+        drop_condition: Share of pictures that are trained without their class, for guidance.
+        sample_steps: Denoising steps of the pictures that are drawn in validation.
+        num_samples: Number of pictures that are drawn in validation; 0 for none.
+        guidance_scale: Guidance of the pictures that are drawn in validation.
+        learning_rate: Highest learning rate.
+        weight_decay: Decay of matrices and kernels; biases and norms have none.
+        beta2: Decay of the mean square of the gradients.
+        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "dit-transformer",
+        autoencoder: str = "scene-image-autoencoder",
+        scheduler: str = "tiny-dit",
+        drop_condition: float = 0.1,
+        sample_steps: int = 20,
+        num_samples: int = 8,
+        guidance_scale: float = 4.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        beta2: float = 0.99,
+        warm_up: int = 500,
+        compile: bool = False,
+    ) -> None:
+        network = new_network(DiTTransformer2DModel, architecture)
+        classes = network.config.num_embeds_ada_norm
+        if classes != NULL_CLASS:
+            raise ValueError(
+                f"{architecture} has num_embeds_ada_norm {classes}; set {NULL_CLASS}, the class that `DiTPipeline` "
+                "takes for none."
+            )
+        super().__init__(
+            network,
+            autoencoder,
+            scheduler,
+            drop_condition,
+            sample_steps,
+            num_samples,
+            guidance_scale,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            beta2=beta2,
+            warm_up=warm_up,
+            compile=compile,
+        )
+        for part in network.modules():
+            if isinstance(part, LabelEmbedding):
+                # each block would drop classes by itself, so that the network would never see a picture without any
+                part.dropout_prob = 0.0
+
+    @override
+    def condition(self, batch: Batch, dropped: Tensor) -> Tensor:
+        return torch.where(dropped, NULL_CLASS, batch["label"])
+
+    @override
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return self.network(noisy, timestep=timesteps, class_labels=condition, return_dict=False)[0]
+
+    def pipeline(self) -> DiTPipeline:
+        """The pipeline of the network as it is now."""
+        pipeline = DiTPipeline(transformer=self.network, vae=self.frozen["vae"], scheduler=self.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @override
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        made = self.pipeline()(
+            batch["label"].tolist(),
+            num_inference_steps=self.sample_steps,
+            guidance_scale=self.guidance_scale,
+            generator=generator,
+            output_type="np",
+        ).images
+        return torch.from_numpy(made).permute(0, 3, 1, 2)

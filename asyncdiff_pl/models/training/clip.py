@@ -1,0 +1,177 @@
+"""Trains CLIP: pictures and captions that belong together become similar, others do not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+from typing_extensions import override
+
+from asyncdiff_pl.metrics.ranking import choose_others, ranks_first, ranks_first_among
+from asyncdiff_pl.models.embedded import find_component
+from asyncdiff_pl.models.loading import read_json
+from asyncdiff_pl.models.training.base import Batch, NetworkTraining
+from asyncdiff_pl.models.training.components import new_network
+from asyncdiff_pl.training.contrastive import contrastive_loss
+from asyncdiff_pl.training.pictures import disturb, normalise, resize_as_processor, resize_as_svd
+
+HIGHEST_SCALE = 4.6052
+"""Logarithm of 100, the most that similarities are multiplied by."""
+
+NUM_OTHERS = 100
+"""Captions of other pictures that the true one is ranked among, in validation."""
+
+PROCESSOR_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "preprocessor_config.json")
+
+
+class CLIPTraining(NetworkTraining):
+    """Trains CLIP on first frames and their captions, with changed captions as further wrong texts of each picture.
+
+    Args:
+        architecture: A folder with the config.json of a `CLIPModel`, its tokenizer and its processor, or the name of a
+            component of the package.
+        learning_rate: Highest learning rate.
+        weight_decay: Decay of matrices and kernels; biases and norms have none.
+        beta2: Decay of the mean square of the gradients.
+        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "scene-clip",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        beta2: float = 0.98,
+        warm_up: int = 500,
+        compile: bool = False,
+    ) -> None:
+        network = new_network(CLIPModel, architecture)
+        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile)
+        self.folder = find_component(architecture)
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.folder)
+        processor = read_json(self.folder, "preprocessor_config.json", "a CLIP model's folder")
+        self.register_buffer("mean", torch.tensor(processor["image_mean"]), persistent=False)
+        self.register_buffer("std", torch.tensor(processor["image_std"]), persistent=False)
+        self._embedded: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._captions: list[str] = []
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # the workers of a data module that offers it make tokens, while this process draws and trains
+        data = self.trainer.datamodule
+        if hasattr(data, "tokenize"):
+            data.tokenize = Tokenize(self.tokenizer, self.network.config.text_config.max_position_embeddings)
+
+    def embed_pictures(self, pictures: Tensor, as_svd: bool = False) -> Tensor:
+        """Embeddings of unit length [B, D] of pictures [B, 3, H, W], pixels from 0 to 1.
+
+        Args:
+            pictures: The pictures.
+            as_svd: Resize as the video pipeline does, otherwise as CLIP's processor does.
+        """
+        size = self.network.config.vision_config.image_size
+        resized = (resize_as_svd if as_svd else resize_as_processor)(pictures, size)
+        pooled = self.network.vision_model(pixel_values=normalise(resized, self.mean, self.std)).pooler_output
+        return F.normalize(self.network.visual_projection(pooled).float(), dim=-1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Embeddings of unit length [B, D] of padded tokens [B, L]; what follows the first end does not count."""
+        pooled = self.network.text_model(input_ids=tokens).pooler_output
+        return F.normalize(self.network.text_projection(pooled).float(), dim=-1)
+
+    @override
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        # both ways to resize, batch by batch: scores use one and the video pipeline the other
+        images = self.embed_pictures(disturb(batch["frames"][:, 0]), as_svd=self.global_step % 2 == 1)
+        tokens, changed_tokens = self._tokens(batch)
+        texts = self.embed_tokens(torch.cat([tokens, changed_tokens.flatten(0, 1)]))
+        texts, changed = texts[: len(tokens)], texts[len(tokens) :].unflatten(0, changed_tokens.shape[:2])
+        scale = self.network.logit_scale.clamp(max=HIGHEST_SCALE).exp()
+        also_true = None
+        if "caption_label" in batch:
+            also_true = batch["label"][:, None] == batch["caption_label"][None, :]
+        loss = contrastive_loss(images, texts, scale, changed if changed.shape[1] else None, also_true)
+        with torch.no_grad():
+            found = ranks_first(torch.cat([(images * texts).sum(-1, keepdim=True), images @ texts.roll(1, 0).T], 1))
+        return {"loss": loss, "scale": scale, "first_in_batch": found.float().mean()}
+
+    @override
+    def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        tokens, changed_tokens = self._tokens(batch)
+        images, texts = self.embed_pictures(batch["frames"][:, 0]), self.embed_tokens(tokens)
+        changed = self.embed_tokens(changed_tokens.flatten(0, 1)).unflatten(0, changed_tokens.shape[:2])
+        self._embedded.append((images, texts, changed))
+        self._captions += batch["captions"]
+        # the measures need all pictures together: see on_validation_epoch_end
+        return {}
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        images, texts, changed = (torch.cat(parts) for parts in zip(*self._embedded, strict=True))
+        number = min(NUM_OTHERS, len(set(self._captions)) - 1)
+        if number:
+            others = choose_others(self._captions, number).to(images.device)
+            found = ranks_first_among(images @ texts.T, others)
+            self.log(f"validation/first_of_{number + 1}", found.float().mean(), sync_dist=True)
+        if changed.shape[1]:
+            similarity = torch.einsum("bd,bkd->bk", images, torch.cat([texts[:, None], changed], dim=1))
+            found = ranks_first(similarity)
+            self.log(f"validation/first_of_{changed.shape[1]}_changed", found.float().mean(), sync_dist=True)
+        self._embedded, self._captions = [], []
+
+    @override
+    def pictures(self, batch: Batch) -> Tensor:
+        shown = batch["frames"][:8, 0]
+        return torch.stack([shown, disturb(shown)])
+
+    @override
+    def export(self, folder: Path) -> None:
+        super().export(folder)
+        for name in PROCESSOR_FILES:
+            if (self.folder / name).is_file():
+                shutil.copy(self.folder / name, folder / name)
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens of the captions [B, L] and of the changed ones [B, K, L]."""
+        if "tokens" in batch:
+            return batch["tokens"], batch["changed_tokens"]
+        tokenize = Tokenize(self.tokenizer, self.network.config.text_config.max_position_embeddings)
+        tokens, changed = tokenize(batch["captions"], batch["changed_captions"])
+        return tokens.to(self.device), changed.to(self.device)
+
+
+class Tokenize:
+    """Turns captions and changed captions into tokens of one length, a multiple of 8.
+
+    Args:
+        tokenizer: Of CLIP; it ends texts with the token that it pads with.
+        context: Most tokens of a text.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, context: int) -> None:
+        self.tokenizer = tokenizer
+        self.context = context
+
+    def __call__(self, captions: Sequence[str], changed: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Tokens.
+
+        Args:
+            captions: B texts.
+            changed: For each of them K texts.
+
+        Returns:
+            [B, L] and [B, K, L], int64.
+        """
+        texts = [*captions, *(text for texts in changed for text in texts)]
+        rows = self.tokenizer(texts, truncation=True, max_length=self.context)["input_ids"]
+        length = min(self.context, -(-max(map(len, rows)) // 8) * 8)
+        end = self.tokenizer.eos_token_id
+        tokens = torch.tensor([row + [end] * (length - len(row)) for row in rows])
+        return tokens[: len(captions)], tokens[len(captions) :].view(len(captions), -1, length)

@@ -1,0 +1,145 @@
+"""Trains the denoiser of Stable Diffusion: a caption gives a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+from typing_extensions import override
+
+from asyncdiff_pl.models.embedded import find_component
+from asyncdiff_pl.models.training.base import Batch
+from asyncdiff_pl.models.training.components import frozen_network, new_network
+from asyncdiff_pl.models.training.still_denoiser import StillDenoiserTraining
+
+
+class ImageDenoiserTraining(StillDenoiserTraining):
+    """Trains the network of `StableDiffusionPipeline` for first frames, by their captions.
+
+    Args:
+        architecture: A folder with the config.json of a `UNet2DConditionModel`, or the name of a component of the
+            package.
+        autoencoder: A trained autoencoder: a folder as exported, or the name of a component.
+        clip: A trained CLIP model with its tokenizer: a folder as exported, or the name of a component.
+        scheduler: The pipeline whose scheduler is used, for noise and for samples: an embedded one, or a folder.
+        drop_condition: Share of pictures that are trained with an empty caption, for guidance.
+        sample_steps: Denoising steps of the pictures that are drawn in validation.
+        num_samples: Number of pictures that are drawn in validation; 0 for none.
+        guidance_scale: Guidance of the pictures that are drawn in validation.
+        learning_rate: Highest learning rate.
+        weight_decay: Decay of matrices and kernels; biases and norms have none.
+        beta2: Decay of the mean square of the gradients.
+        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "sd-unet",
+        autoencoder: str = "scene-image-autoencoder",
+        clip: str = "scene-clip",
+        scheduler: str = "tiny-sd",
+        drop_condition: float = 0.1,
+        sample_steps: int = 20,
+        num_samples: int = 8,
+        guidance_scale: float = 5.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        beta2: float = 0.99,
+        warm_up: int = 500,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(
+            new_network(UNet2DConditionModel, architecture),
+            autoencoder,
+            scheduler,
+            drop_condition,
+            sample_steps,
+            num_samples,
+            guidance_scale,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            beta2=beta2,
+            warm_up=warm_up,
+            compile=compile,
+        )
+        self.clip_folder = find_component(clip)
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.clip_folder)
+        self.register_buffer("empty", PadTokens(self.tokenizer)([""], [])[0], persistent=False)
+
+    @override
+    def load_frozen(self) -> dict[str, nn.Module]:
+        return {**super().load_frozen(), "text_encoder": frozen_network(CLIPTextModel, str(self.clip_folder))}
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self.trainer.datamodule
+        if hasattr(data, "tokenize"):
+            data.tokenize = PadTokens(self.tokenizer)
+
+    @torch.no_grad()
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """What the network looks at, [B, L, D], of tokens [B, L] padded to the whole context."""
+        encoder: Any = self.frozen["text_encoder"]
+        return encoder(input_ids=tokens).last_hidden_state
+
+    @override
+    def condition(self, batch: Batch, dropped: Tensor) -> Tensor:
+        tokens = batch.get("tokens")
+        if tokens is None:
+            tokens = PadTokens(self.tokenizer)(batch["captions"], [])[0].to(self.device)
+        return self.embed_tokens(torch.where(dropped[:, None], self.empty, tokens))
+
+    @override
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return self.network(noisy, timesteps, encoder_hidden_states=condition, return_dict=False)[0]
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """The pipeline of the network as it is now."""
+        pipeline = StableDiffusionPipeline(
+            unet=self.network,
+            scheduler=self.scheduler,
+            tokenizer=self.tokenizer,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **self.frozen,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @override
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        height, width = batch["frames"].shape[-2:]
+        return self.pipeline()(
+            batch["captions"],
+            height=height,
+            width=width,
+            num_inference_steps=self.sample_steps,
+            guidance_scale=self.guidance_scale,
+            generator=generator,
+            output_type="pt",
+        ).images
+
+
+class PadTokens:
+    """Turns captions into tokens padded to the whole context, as the pipeline does.
+
+    Args:
+        tokenizer: Of CLIP.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, captions: list[str], changed: list[list[str]]) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L] of the captions; changed captions are not looked at, and give [B, 0, L]."""
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return tokens, tokens.new_zeros(len(captions), 0, length)
