@@ -16,7 +16,7 @@ STRATEGY = "--trainer.strategy.init_args."
 CASES = {
     "no such folder": (["--data.images_dir", "nowhere"], "images_dir nowhere is not a folder; give"),
     "no such annotations": (["--data.annotations", "nowhere.json"], "annotations nowhere.json is not a file; give"),
-    "size": (["--data.height", "72"], "data.height is 72 pixels; the model takes multiples of 64"),
+    "size": (["--data.height", "72"], "data.height is 72 pixels; the model takes multiples of 32"),
     "devices, stages": (["--trainer.devices", "3"], "2 ranks does not fit 3 ranks: start a multiple of 2, or change"),
     "devices, cfg": (["--trainer.devices", "3", STRATEGY + "stages", "1", STRATEGY + "cfg", "2"], "cfg 2 x .* 3 ranks"),
     "devices": (["--trainer.devices", "x"], "trainer.devices is x; give a number"),
