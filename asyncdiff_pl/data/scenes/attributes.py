@@ -27,8 +27,8 @@ BACKGROUNDS = (
 )
 BACKGROUND_COLOURS = ("blue", "green", "pink", "purple", "gray", "orange", "red", "yellow", "brown")
 
-# radius of each size in half frames: 11, 19 and 30 pixels of 128
-RADII = (0.172, 0.297, 0.469)
+# radius of each size in half frames: 12, 20 and 31 pixels of 128
+RADII = (0.19, 0.31, 0.485)
 
 CLASS_NAMES: list[str] = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
 NUM_CLASSES = len(CLASS_NAMES)

@@ -13,8 +13,8 @@ from asyncdiff_pl.data.scenes.motion import Pose
 from asyncdiff_pl.data.scenes.palettes import background_colours
 from asyncdiff_pl.data.scenes.textures import TILE, look_up, sky_table
 
-# texture: index into textures.TEXTURES; stripes: strength; glow: strength, radius, height above the horizon; disc: radius;
-# far, near: height of the ridges (0: flat), whether pointed; ground: whether there is one; checks, waves: strength
+# texture: index into textures.TEXTURES; stripes: strength; glow: strength and radius; disc: radius; far, near: height
+# of the ridges (0: flat) and whether they are pointed; ground: whether there is one; checks, waves: strength
 _COLUMNS = ("texture", "stripes", "glow", "glow_radius", "disc", "far", "near", "pointed", "ground", "checks", "waves")
 _LAYERS: dict[str, dict[str, float]] = {
     "gradient": {},
@@ -104,8 +104,8 @@ def draw_background(scenes: Scenes, pose: Pose, size: int) -> Tensor:
     far_x, near_x = x + 0.45 * pan_x, x + 0.75 * pan_x
     round_far = (far_x * 3.1 + 6.3 * first).sin() * 0.6 + (far_x * 5.3 + 6.3 * fourth).sin() * 0.4
     round_near = (near_x * 2.3 + 6.3 * second).sin() * 0.7 + (near_x * 4.1 + 6.3 * third).sin() * 0.3
-    peaks_far = _mountains(far_x * 0.8 + first) * 0.7 + _mountains(far_x * 1.7 + fourth) * 0.3
-    peaks_near = _mountains(near_x * 0.9 + second) * 0.7 + _mountains(near_x * 2.1 + third) * 0.3
+    peaks_far = torch.maximum(_mountains(far_x * 0.75 + first), _mountains(far_x * 1.1 + fourth) * 0.8 - 0.3)
+    peaks_near = torch.maximum(_mountains(near_x * 0.85 + second), _mountains(near_x * 1.3 + third) * 0.8 - 0.3)
     pointed = amount["pointed"]
     far_edge = horizon - 0.05 - amount["far"] * (0.6 + round_far.lerp(peaks_far, pointed))
     near_edge = horizon + torch.where(amount["near"] > 0, 0.2, 0.0)

@@ -59,16 +59,16 @@ _SHAPE_WORDS = {
 }
 _SIZE_WORDS = {
     "small": ("small", "little", "small", "tiny", "little"),
-    "medium": ("medium-sized", "medium", "middle-sized", "medium-sized", "mid-sized"),
+    "medium": ("medium-sized", "medium", "medium", "mid-sized", "medium"),
     "large": ("large", "big", "large", "huge", "big"),
 }
 _MATERIAL_WORDS = {
-    "matte": ("matte", "dull", "plain matte", "matte", "dull"),
-    "glossy": ("glossy", "shiny", "polished", "glossy", "shiny"),
-    "metallic": ("metallic", "chrome", "metal", "metallic", "chrome"),
-    "striped": ("striped", "striped", "stripy", "striped", "stripy"),
-    "dotted": ("dotted", "spotted", "polka-dot", "dotted", "spotted"),
-    "outlined": ("outlined", "flat cartoon", "black-edged", "outlined", "cartoon"),
+    "matte": ("matte", "dull", "plain", "matte", "a dull surface"),
+    "glossy": ("glossy", "shiny", "polished", "glossy", "a shiny surface"),
+    "metallic": ("metallic", "chrome", "metal", "metallic", "a metal surface"),
+    "striped": ("striped", "striped", "stripy", "striped", "stripes"),
+    "dotted": ("dotted", "spotted", "polka-dot", "dotted", "dots"),
+    "outlined": ("outlined", "flat cartoon", "black-edged", "outlined", "a thick black outline"),
 }
 # the colour goes where the braces are
 _BACKGROUND_WORDS = {
@@ -96,9 +96,9 @@ _BACKGROUND_WORDS = {
     "checkered floor": (
         "a {} checkered floor",
         "a chessboard floor in {} and white",
-        "{} floor tiles",
-        "a tiled {} floor",
-        "a room with {} checks",
+        "{} and white floor tiles",
+        "a room with {} checks on the floor",
+        "a {} and white tiled floor",
     ),
     "hills": (
         "rolling {} hills",
@@ -129,11 +129,11 @@ _BACKGROUND_WORDS = {
         "the low sun in the {} evening",
     ),
     "clouds": (
-        "a {} sky with clouds",
-        "clouds in a sky of {}",
         "a cloudy {} sky",
-        "soft clouds and {} sky",
-        "{} air with white clouds",
+        "clouds in a sky of {}",
+        "a {} sky full of clouds",
+        "soft clouds on {}",
+        "a {} sky with drifting clouds",
     ),
     "night sky": (
         "a {} night sky with stars",
@@ -171,7 +171,7 @@ def _thing_phrases() -> tuple[dict[Thing, str], ...]:
             f"a {materials[1]} {shapes[1]} that is {sizes[1]} and {colour}",
             f"a {colour} {shapes[2]}, {sizes[2]} and {materials[2]}",
             f"a {sizes[3]} {shapes[3]} in {materials[3]} {colour}",
-            f"a {materials[4]} {colour} {shapes[4]} of {sizes[4]} size",
+            f"a {sizes[4]} {colour} {shapes[4]} with {materials[4]}",
         )
         for table, phrase in zip(tables, phrases, strict=True):
             table[Thing(s, c, z, m)] = "an" + phrase[1:] if phrase[2] in "aeiou" else phrase
@@ -248,7 +248,7 @@ def caption(content: Content, wording: int) -> str:
         return f"{_capital(behind)} behind {main}."
     if wording == 3:
         return f"{_COUNT_WORDS[len(content.things)]} before {behind}: {together}."
-    return f"A picture of {together} on {behind}."
+    return f"{_capital(together)} against {behind}."
 
 
 def _capital(text: str) -> str:

@@ -15,14 +15,14 @@ from asyncdiff_pl.data.scenes.palettes import object_colours
 from asyncdiff_pl.data.scenes.textures import REACH, look_up, shape_table
 
 # how a material answers light: its own brightness, what Lambert's law adds, mirror bands, highlight, stripes, dots,
-# width of the outline in half frames and how dark the outline is
+# then the outline: its width inside in half frames, how far it reaches outside in radii, how dark it is
 _MATERIALS: dict[str, tuple[float, ...]] = {
-    "matte": (0.5, 0.6, 0.0, 0.0, 0, 0, 0.02, 0.6),
-    "glossy": (0.38, 0.72, 0.0, 1.0, 0, 0, 0.02, 0.6),
-    "metallic": (0.2, 0.2, 1.0, 0.3, 0, 0, 0.02, 0.65),
-    "striped": (0.62, 0.45, 0.0, 0.0, 1, 0, 0.02, 0.6),
-    "dotted": (0.62, 0.45, 0.0, 0.0, 0, 1, 0.02, 0.6),
-    "outlined": (1.0, 0.0, 0.0, 0.0, 0, 0, 0.075, 0.9),
+    "matte": (0.52, 0.66, 0.0, 0.0, 0, 0, 0.02, 0, 0.6),
+    "glossy": (0.38, 0.72, 0.0, 1.0, 0, 0, 0.02, 0, 0.6),
+    "metallic": (0.2, 0.2, 1.0, 0.3, 0, 0, 0.02, 0, 0.65),
+    "striped": (0.72, 0.45, 0.0, 0.0, 1, 0, 0.02, 0, 0.6),
+    "dotted": (0.72, 0.45, 0.0, 0.0, 0, 1, 0.02, 0, 0.6),
+    "outlined": (1.0, 0.0, 0.0, 0.0, 0, 0, 0.035, 0.1, 0.92),
 }
 assert tuple(_MATERIALS) == MATERIALS
 
@@ -66,7 +66,7 @@ def _draw_object(image: Tensor, scenes: Scenes, centre: Tensor, radius: Tensor, 
     def each_frame(value: Tensor) -> Tensor:
         return value.repeat_interleave(num_frames, 0)[:, None, None]
 
-    own, lambert, mirror, shine, stripes, dots, outline, darkness = (
+    own, lambert, mirror, shine, stripes, dots, outline, growth, darkness = (
         each_frame(part) for part in materials[scenes.material[:, number]].unbind(1)
     )
     base, accent = each_frame(colours[scenes.colour[:, number]]).squeeze(2).squeeze(1).transpose(0, 1)[..., None, None]
@@ -103,19 +103,23 @@ def _draw_object(image: Tensor, scenes: Scenes, centre: Tensor, radius: Tensor, 
 
     # a mirror shows a bright sky, a dark horizon and a lighter ground
     height = 0.55 * y + 0.45 * x + 0.9 * (normal_y + 0.5 * normal_x)
-    bands = 0.55 + 0.5 * (height * 4.2 + 1.2).cos()
+    bands = 0.55 + 0.5 * (height * 3.3 + 1.3).cos()
     white = mirror * smooth((bands - 0.75) / 0.3) * 0.75
 
-    period = 0.13 + 0.3 * radius
+    period = 0.1 + 0.3 * radius
     turns = (2 * math.pi) * radius / period
     stripe = ((own_x * 0.8 + own_y * 0.6) * turns).sin() * stripes
-    dot = ((own_x * turns * 0.95).cos() + (own_y * turns * 0.95).cos() - 0.55) * dots
+    dot = (2 * (own_x * turns * 0.72).cos() * (own_y * turns * 0.72).cos() - 0.9) * dots
     marks = ((stripe + dot) * period / pixel * 0.2).clamp(0, 1)
 
+    # a cartoon's outline has a thin pale rim, so that it shows in the dark
+    reach = growth * radius
+    rim = ((distance - reach) / pixel + 0.5).clamp(0, 1) * (growth > 0)
     brightness = own + lambert * lit + mirror * bands * 0.85
     line = ((distance + outline) / pixel + 0.5).clamp(0, 1) * darkness
     glare = (highlight + white).clamp(max=1) * (1 - line)
+    glare = torch.maximum(glare, rim * 0.85)
     brightness = brightness * (1 - line) * (1 - glare)
-    cover = (0.5 - distance / pixel).clamp(0, 1) * present
+    cover = (0.5 - (distance - reach - 0.022 * (growth > 0)) / pixel).clamp(0, 1) * present
     surface = base.lerp(accent, marks[:, None]) * brightness[:, None] + glare[:, None]
     return image.lerp(surface, cover[:, None])

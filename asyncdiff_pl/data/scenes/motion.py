@@ -87,6 +87,6 @@ def _fall(start: Tensor, speed: Tensor, limit: Tensor, phase: Tensor, time: Tens
     # part of the way between two bounces at time 0, from -1 to 1; the top of the parabola stays in the frame
     part = phase.sin() * (1 - height / (2 * limit)).clamp(min=0).sqrt()
     top = height / (1 - part.square())
-    rate = (1.6 * speed / top.sqrt()).clamp(max=2.5)
+    rate = (0.55 * speed / top.sqrt()).clamp(max=2.5)
     way = torch.remainder(part + rate * time + 1, 2) - 1
-    return limit - top * (1 - way.square())
+    return start + height - top * (1 - way.square())

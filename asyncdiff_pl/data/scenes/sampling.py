@@ -14,7 +14,7 @@ from asyncdiff_pl.data.scenes.palettes import clashes, palette_counts, palette_n
 
 # places are compared in whole numbers of these, so that the comparison comes out alike on every device
 _PLACES = 4096
-_TRIALS = 24
+_TRIALS = 64
 
 
 @functools.cache

@@ -139,13 +139,13 @@ def sky_table(device: torch.device) -> Tensor:
     numbers = Numbers(torch.zeros(1, dtype=torch.int64), "train")
 
     waves = torch.zeros_like(x)
-    for i in range(-9, 10):
-        for j in range(-9, 10):
-            power = i * i + 2.5 * j * j
-            if 2 < power < 80:
+    for i in range(-10, 11):
+        for j in range(-10, 11):
+            power = 2.2 * i * i + 1.2 * j * j
+            if 2 < power < 110:
                 phase = numbers.uniform(0, 2 * math.pi).item()
                 waves += (2 * math.pi * (i * x + j * y) + phase).cos() * power**-0.8
-    clouds = ((waves / waves.std() - 0.15) / 1.5).clamp(0, 1)
+    clouds = ((waves / waves.std() + 0.1) / 1.6).clamp(0, 1)
     clouds = clouds * clouds * (3 - 2 * clouds) * 0.9
 
     stars, lights = torch.zeros_like(x), torch.zeros_like(x)
