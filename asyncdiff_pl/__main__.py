@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 from asyncdiff_pl.cli.overview import overview, with_named_configs
-from asyncdiff_pl.processes import die_with_parent, heed_signals, report_and_exit
+from asyncdiff_pl.processes import GRACE, TRAINING_GRACE, die_with_parent, heed_signals, report_and_exit
 
 
 def main() -> None:
     """Runs the command line; bad input ends in one sentence and exit status 2."""
     die_with_parent()
-    heed_signals()
     arguments = sys.argv[1:]
+    heed_signals(TRAINING_GRACE if arguments[:1] == ["fit"] else GRACE)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         sys.exit(0 if arguments else 2)

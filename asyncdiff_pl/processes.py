@@ -30,6 +30,9 @@ GRACE = 10.0
 FIRST_TO_FAIL = "No rank has told of an error before."
 """Note on an error that its rank need not wait with: no other rank speaks."""
 
+TRAINING_GRACE = 150.0
+"""The same for a training run that has a step, perhaps a validation, to finish and its state to save."""
+
 BAD_INPUT = 2
 """Exit status after bad input."""
 
@@ -80,11 +83,15 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def heed_signals() -> None:
-    """Has Ctrl-C and SIGTERM end all ranks: rank 0 ends in order, the others at once and without a word."""
+def heed_signals(grace: float | None = None) -> None:
+    """Has Ctrl-C and SIGTERM end all ranks: rank 0 ends in order, the others at once and without a word.
+
+    Args:
+        grace: Seconds that rank 0 has for that; `GRACE` if None. A second signal leaves it `GRACE` at most.
+    """
     if own_rank() == 0:
         signal.signal(signal.SIGTERM, _terminate)
-        _end_even_when_stuck()
+        _end_even_when_stuck(GRACE if grace is None else grace)
     elif is_started_by_torchrun():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -169,7 +176,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _end_even_when_stuck() -> None:
+def _end_even_when_stuck(grace: float) -> None:
     """Ends this process some seconds after Ctrl-C or SIGTERM, even if it hangs in a message or on the GPU.
 
     Python itself handles a signal only when the call in work returns.
@@ -179,10 +186,21 @@ def _end_even_when_stuck() -> None:
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
 
     def wait() -> None:
-        number = 0
-        while number not in (signal.SIGINT, signal.SIGTERM):
-            number = reader.recv(1)[0]
-        time.sleep(GRACE)
+        number = _next_stop(reader)
+        reader.settimeout(grace)
+        try:
+            number = _next_stop(reader)
+            time.sleep(min(grace, GRACE))
+        except TimeoutError:
+            pass
         os._exit(128 + number)
 
     threading.Thread(target=wait, name="signal-watch", daemon=True).start()
+
+
+def _next_stop(reader: socket.socket) -> int:
+    """Waits for Ctrl-C or SIGTERM among the numbers of all signals; a TimeoutError where the socket has a timeout."""
+    number = 0
+    while number not in (signal.SIGINT, signal.SIGTERM):
+        number = reader.recv(1)[0]
+    return number

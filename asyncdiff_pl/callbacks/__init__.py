@@ -1,19 +1,27 @@
-"""What watches a predict run: scores, times, memory, traffic, files and tables; each is usable alone."""
+"""What watches a run: scores, times, memory, traffic, files and tables; averages, state and export of training."""
 
+from asyncdiff_pl.callbacks.averaging import WeightAverage
 from asyncdiff_pl.callbacks.clip_score import CLIPScore
 from asyncdiff_pl.callbacks.device_stats import DeviceStats
+from asyncdiff_pl.callbacks.export import ExportWeights
 from asyncdiff_pl.callbacks.frame_writer import FrameWriter
 from asyncdiff_pl.callbacks.progress import DiffusionProgressBar
 from asyncdiff_pl.callbacks.results import Results
 from asyncdiff_pl.callbacks.step_latency import StepLatency
 from asyncdiff_pl.callbacks.traffic import Traffic
+from asyncdiff_pl.callbacks.training_progress import TrainingProgressBar
+from asyncdiff_pl.callbacks.training_state import TrainingState
 
 __all__ = [
     "CLIPScore",
     "DeviceStats",
     "DiffusionProgressBar",
+    "ExportWeights",
     "FrameWriter",
     "Results",
     "StepLatency",
     "Traffic",
+    "TrainingProgressBar",
+    "TrainingState",
+    "WeightAverage",
 ]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
+from asyncdiff_pl.callbacks.roles import log_folder
 from asyncdiff_pl.processes import Terminated
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -21,7 +22,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 """Where the state of a run lies in its log folder."""
 
 
-class TrainingState(ModelCheckpoint):
+class TrainingState(Checkpoint):
     """Saves the whole state of training to checkpoints/last.ckpt in the log folder; `--resume FOLDER` goes on from it.
 
     After SIGTERM or Ctrl-C the batch in work is finished, the state is saved, and the run ends; a second signal ends
@@ -34,23 +35,24 @@ class TrainingState(ModelCheckpoint):
     def __init__(self, every_n_steps: int = 1000) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}; give a number of steps from 1 up.")
-        super().__init__(
-            filename=CHECKPOINT.stem,
-            every_n_train_steps=every_n_steps,
-            save_top_k=1,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        )
         self.every_n_steps = every_n_steps
+        self._path = Path()
+        self._saved = 0
         self._signal = 0
         self._before: dict[int, Any] = {}
-        self._agreement = _Agreement()
+        self._agreement: _Agreement | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.logger is None:
+            raise ValueError("Training saves its state to the log folder; set trainer.logger to a TensorBoardLogger.")
+        self._path = log_folder(trainer) / CHECKPOINT
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+        self._saved, self._signal = trainer.global_step, 0
         self._agreement = _Agreement()
-        # Lightning asks rank 0 in every step, which makes each wait for its GPU; the agreement here does without
+        # Lightning asks rank 0 in every step, which makes each rank wait for its GPU; the agreement does without
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
@@ -58,27 +60,25 @@ class TrainingState(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        number = self._agreement.highest(self._signal)
+        assert self._agreement is not None
+        step, number = trainer.global_step, self._agreement.highest(self._signal)
+        is_due = step % self.every_n_steps == 0 or step >= trainer.max_steps
+        if (is_due or number) and step != self._saved:
+            trainer.save_checkpoint(self._path)
+            self._saved = step
         if number:
-            self._save(trainer)
             self._restore_handlers()
+            if trainer.is_global_zero:
+                print(f"asyncdiff_pl: state saved after step {step}; `fit --resume {self._path.parents[1]}` goes on.")
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_handlers()
-        self._save(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
-
-    def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._last_global_step_saved:
-            assert self.dirpath is not None
-            trainer.save_checkpoint(Path(self.dirpath) / CHECKPOINT.name)
-            self._last_global_step_saved = trainer.global_step
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

@@ -15,8 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from asyncdiff_pl import callbacks, data, models, strategies
-from asyncdiff_pl.cli.help import DESCRIPTION, USAGE, explain, sections
+from asyncdiff_pl.callbacks.training_state import CHECKPOINT
+from asyncdiff_pl.cli.help import FIT, PREDICT, explain, sections
 from asyncdiff_pl.cli.messages import one_sentence
+from asyncdiff_pl.data.scene_clips import SceneClips
+from asyncdiff_pl.models.training import VideoDenoiserTraining
 from asyncdiff_pl.report.dry_run import describe_run
 
 CALLBACKS = {
@@ -28,7 +31,7 @@ CALLBACKS = {
     "results": callbacks.Results,
     "progress_bar": callbacks.DiffusionProgressBar,
 }
-"""Callbacks of every run, by the key of their settings; more stand at `trainer.callbacks`."""
+"""Callbacks of every `predict` run, by the key of their settings; more stand at `trainer.callbacks`."""
 
 SETTINGS = {
     "model": models.VideoPredictor,
@@ -36,7 +39,21 @@ SETTINGS = {
     "trainer.strategy": strategies.AsyncDiffStrategy,
     **CALLBACKS,
 }
-"""Classes whose settings `--help` explains, by where they stand in a config."""
+"""Classes whose settings `predict --help` explains, by where they stand in a config."""
+
+TRAINING_CALLBACKS = {
+    "average": callbacks.WeightAverage,
+    "export": callbacks.ExportWeights,
+    "state": callbacks.TrainingState,
+    "progress_bar": callbacks.TrainingProgressBar,
+}
+"""Callbacks of every `fit` run; the average comes before what saves and exports it."""
+
+TRAINING_SETTINGS = {"model": VideoDenoiserTraining, "data": SceneClips, **TRAINING_CALLBACKS}
+"""Classes whose settings `fit --help` explains."""
+
+EXPLAINED = {PREDICT.usage: (PREDICT, SETTINGS), FIT.usage: (FIT, TRAINING_SETTINGS)}
+"""What the help of each subcommand is made of, by its usage."""
 
 
 class Parser(LightningArgumentParser):
@@ -44,11 +61,13 @@ class Parser(LightningArgumentParser):
 
     @override
     def format_help(self, *args: Any) -> str:
-        if self.usage != USAGE:
+        if self.usage not in EXPLAINED:
             return super().format_help(*args)
-        groups, self._action_groups = self._action_groups, sections(self, {key.partition(".")[0] for key in SETTINGS})
+        says, settings = EXPLAINED[self.usage]
+        groups = self._action_groups
+        self._action_groups = sections(self, says, {key.partition(".")[0] for key in settings})
         try:
-            return explain(super().format_help(*args), SETTINGS)
+            return explain(super().format_help(*args), says, settings)
         finally:
             # classes are instantiated by the groups that they stand in
             self._action_groups = groups
@@ -58,7 +77,7 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             # the parser of a class within: what it says becomes a part of the whole
             return super().error(message, ex)
-        raise ValueError(one_sentence(str(message))) from ex
+        raise ValueError(one_sentence(str(message), "fit" if sys.argv[1:2] == ["fit"] else "predict")) from ex
 
 
 class ConfigWriter(SaveConfigCallback):
@@ -70,31 +89,43 @@ class ConfigWriter(SaveConfigCallback):
         if config.resume is not None:
             for place in _folders(config):
                 place.version = None
-        config.resume, config.dry_run = None, False
+        config.resume = None
+        if "dry_run" in config:
+            config.dry_run = False
         self.config = config
         super().setup(trainer, pl_module, stage)
 
 
 class Command(LightningCLI):
-    """`predict` for our modules, data modules, strategies and callbacks."""
+    """`predict` and `fit` for our modules, data modules, strategies and callbacks."""
+
+    _prepared = ""
+    """The subcommand whose parser is being made."""
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        # nothing is trained here, so there is no checkpoint of the trainer to predict from
-        return {"predict": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}}
+        # pipelines are folders of weights, and training goes on in its own log folder: no checkpoint is asked for
+        others = {"model", "datamodule", "ckpt_path", "weights_only"}
+        return {"predict": {"dataloaders", *others}, "fit": {"train_dataloaders", "val_dataloaders", *others}}
 
     @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Leaves out `seed_everything`: the seed that counts is the model's."""
+        """Adds `seed_everything` to `fit` alone: the seed that counts in `predict` is the model's."""
+        if self._prepared == "fit":
+            parser.add_argument(
+                "--seed_everything", type=int, default=0, help="Seed of the first weights and of all that is drawn."
+            )
 
     @override
     def _set_seed(self) -> None:
-        """Seeds nothing; see above."""
+        if self.subcommand == "fit":
+            super()._set_seed()
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for key, kind in CALLBACKS.items():
+        is_training = self._prepared == "fit"
+        for key, kind in (TRAINING_CALLBACKS if is_training else CALLBACKS).items():
             parser.add_lightning_class_args(kind, key)
         parser.add_argument(
             "--resume",
@@ -104,6 +135,8 @@ class Command(LightningCLI):
             help="Log folder of a run that was stopped: what it has done is kept, the rest is done there. Without "
             "--config, the run's own settings are taken.",
         )
+        if is_training:
+            return
         parser.add_argument(
             "--dry-run",
             dest="dry_run",
@@ -113,15 +146,19 @@ class Command(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._prepared = subcommand
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        # all frames of a long run would stay in memory
-        parser.set_defaults({"return_predictions": False})
+        if subcommand == "predict":
+            # all frames of a long run would stay in memory
+            parser.set_defaults({"return_predictions": False})
         return parser
 
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         _check_devices(config.trainer)
+        if self.subcommand == "fit":
+            _check_training(config)
         if config.resume is None:
             return
         folder = Path(config.resume)
@@ -136,7 +173,7 @@ class Command(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise ValueError(one_sentence(str(error))) from error
+            raise ValueError(one_sentence(str(error), str(self.subcommand))) from error
 
     @override
     def after_instantiate_classes(self) -> None:
@@ -146,7 +183,22 @@ class Command(LightningCLI):
                 check()
         _check_size(self.model, self.datamodule)
         if hasattr(self.trainer.strategy, "check_module"):
+            if self.subcommand == "fit":
+                name = type(self.trainer.strategy).__name__
+                raise ValueError(f"trainer.strategy is {name}, which only predicts; take auto or ddp to train.")
             self.trainer.strategy.check_module(self.model)
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        folder = self.config[subcommand].resume
+        if subcommand == "fit" and folder is not None:
+            arguments["ckpt_path"] = str(Path(folder) / CHECKPOINT)
+        return arguments
+
+    def before_fit(self) -> None:
+        """Leaves signals to the callback that saves the state."""
+        self.trainer._signal_connector.register_signal_handlers = lambda: None
 
     def before_predict(self) -> None:
         """Ends a dry run here."""
@@ -179,7 +231,10 @@ def run(arguments: list[str]) -> None:
         trainer_class=Trainer,
         trainer_defaults={"use_distributed_sampler": True},
         parser_class=Parser,
-        parser_kwargs={"predict": {"usage": USAGE, "description": DESCRIPTION}},
+        parser_kwargs={
+            "predict": {"usage": PREDICT.usage, "description": PREDICT.description},
+            "fit": {"usage": FIT.usage, "description": FIT.description},
+        },
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
     )
@@ -190,6 +245,20 @@ def _folders(config: Namespace) -> list[Namespace]:
     logger = config.trainer.logger
     loggers = logger if isinstance(logger, list) else [logger]
     return [entry.init_args for entry in loggers if hasattr(entry, "init_args")]
+
+
+def _check_training(config: Namespace) -> None:
+    """Tells early that a training run has no end, or nothing to go on from."""
+    if config.trainer.max_steps < 1 and not config.trainer.fast_dev_run:
+        raise ValueError(
+            f"trainer.max_steps is {config.trainer.max_steps}; give the number of training steps, "
+            "`--trainer.max_steps 1000` say: the learning rate falls to 0 over them."
+        )
+    if config.resume is not None and not (Path(config.resume) / CHECKPOINT).is_file():
+        raise ValueError(
+            f"{config.resume} holds no {CHECKPOINT}: nothing was saved before the run ended; start it anew, without "
+            "--resume."
+        )
 
 
 def _check_size(model: LightningModule, datamodule: LightningDataModule) -> None:

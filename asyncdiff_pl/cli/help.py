@@ -1,52 +1,97 @@
-"""What `predict --help` says: the run's own options, our classes' settings by where they stand, the trainer's last."""
+"""What `predict --help` and `fit --help` say: the run's own options, our classes' settings, the trainer's last."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jsonargparse
 
-from asyncdiff_pl.cli.overview import PROGRAM, list_configs
+from asyncdiff_pl.cli.overview import PROGRAM, TRAINING, list_configs
 
-USAGE = f"{PROGRAM} predict --config CONFIG [--SETTING VALUE ...] [--resume FOLDER] [--dry-run]"
-
-DESCRIPTION = """\
-Runs a diffusion pipeline over a data set, on as many ranks as there are devices, and writes frames, animations, scores
-and times to a log folder. Every setting below can stand in the config, and on the command line after it."""
-
-RUN, TRAINER = "the run", "the trainer (Lightning's own settings, without those of training)"
+RUN = "the run"
 
 CONFIG_HELP = "A YAML file, or the name of one of the package's own, below; what follows it overrides it."
 
-TRAINER_SETTINGS = (
-    *("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "limit_predict_batches"),
-    *("enable_progress_bar", "enable_model_summary", "deterministic", "benchmark", "inference_mode", "profiler"),
-    *("plugins", "default_root_dir"),
-)
-"""What of the trainer's settings matters when nothing is trained; the others are accepted as well."""
 
-HINTS = {
-    "model": "another class: --model my_module.MyPredictor; its settings: --model.help my_module.MyPredictor",
-    "data": "another class: --data my_module.MyData; its settings: --data.help my_module.MyData",
-    "trainer.strategy": "another class: --trainer.strategy my_module.MyStrategy; on all devices one sample each: "
-    "--trainer.strategy ddp",
-}
-"""A line under a section's title, by where its class stands in a config."""
-
-
-def sections(parser: jsonargparse.ArgumentParser, own_keys: set[str]) -> list[argparse._ArgumentGroup]:
-    """The options of `predict` in two sections, the run's and the trainer's.
+@dataclass(frozen=True)
+class Help:
+    """What a subcommand says of itself.
 
     Args:
-        parser: The parser of `predict`.
+        usage: The line that the parser shows first; it also tells the subcommand's parser from others.
+        description: What the subcommand does.
+        trainer: Title of the trainer's settings.
+        trainer_settings: What of the trainer's settings matters; the others are accepted as well.
+        hints: A line under a section's title, by where its class stands in a config.
+        configs: What the names of the packaged configs that it takes start with; see `list_configs`.
+    """
+
+    usage: str
+    description: str
+    trainer: str
+    trainer_settings: tuple[str, ...]
+    hints: Mapping[str, str]
+    configs: str
+
+
+PREDICT = Help(
+    usage=f"{PROGRAM} predict --config CONFIG [--SETTING VALUE ...] [--resume FOLDER] [--dry-run]",
+    description="""\
+Runs a diffusion pipeline over a data set, on as many ranks as there are devices, and writes frames, animations, scores
+and times to a log folder. Every setting below can stand in the config, and on the command line after it.""",
+    trainer="the trainer (Lightning's own settings, without those of training)",
+    trainer_settings=(
+        *("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks"),
+        *("limit_predict_batches", "enable_progress_bar", "enable_model_summary", "deterministic", "benchmark"),
+        *("inference_mode", "profiler", "plugins", "default_root_dir"),
+    ),
+    hints={
+        "model": "another class: --model my_module.MyPredictor; its settings: --model.help my_module.MyPredictor",
+        "data": "another class: --data my_module.MyData; its settings: --data.help my_module.MyData",
+        "trainer.strategy": "another class: --trainer.strategy my_module.MyStrategy; on all devices one sample each: "
+        "--trainer.strategy ddp",
+    },
+    configs="",
+)
+
+FIT = Help(
+    usage=f"{PROGRAM} fit --config CONFIG [--SETTING VALUE ...] [--resume FOLDER]",
+    description="""\
+Trains one network of a diffusion pipeline, on one device or on several (--trainer.strategy ddp), and writes curves,
+pictures, the state to go on from and the trained weights to a log folder. Every setting below can stand in the config,
+and on the command line after it.""",
+    trainer="the trainer (Lightning's own settings, without those of predicting)",
+    trainer_settings=(
+        *("max_steps", "accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks"),
+        *("max_time", "val_check_interval", "check_val_every_n_epoch", "limit_val_batches", "num_sanity_val_steps"),
+        *("log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+        *("enable_progress_bar", "enable_model_summary", "deterministic", "benchmark", "detect_anomaly", "profiler"),
+        *("plugins", "sync_batchnorm", "default_root_dir"),
+    ),
+    hints={
+        "model": "another class: --model AutoencoderTraining, CLIPTraining, ImageDenoiserTraining, "
+        "ClassDenoiserTraining or my_module.MyTraining; its settings: --model.help CLASS",
+        "data": "another class: --data my_module.MyData; its settings: --data.help my_module.MyData",
+    },
+    configs=TRAINING,
+)
+
+
+def sections(parser: jsonargparse.ArgumentParser, says: Help, own_keys: set[str]) -> list[argparse._ArgumentGroup]:
+    """The options of a subcommand in two sections, the run's and the trainer's.
+
+    Args:
+        parser: The parser of the subcommand.
+        says: What the subcommand says of itself.
         own_keys: First names of the settings that are explained apart.
     """
-    run, trainer = (argparse._ArgumentGroup(parser, title) for title in (RUN, TRAINER))
+    run, trainer = (argparse._ArgumentGroup(parser, title) for title in (RUN, says.trainer))
     for action in parser._actions:
         first, _, second = action.dest.partition(".")
-        if first == "trainer" and second.partition(".")[0] in TRAINER_SETTINGS:
+        if first == "trainer" and second.partition(".")[0] in says.trainer_settings:
             trainer._group_actions.append(action)
         elif first not in {"trainer", "return_predictions", *own_keys}:
             run._group_actions.append(action)
@@ -55,17 +100,18 @@ def sections(parser: jsonargparse.ArgumentParser, own_keys: set[str]) -> list[ar
     return [run, trainer]
 
 
-def explain(text: str, classes: Mapping[str, type]) -> str:
-    """The help of `predict`.
+def explain(text: str, says: Help, classes: Mapping[str, type]) -> str:
+    """The help of a subcommand.
 
     Args:
         text: What argparse makes of the `sections`.
+        says: What the subcommand says of itself.
         classes: Classes whose settings are explained between them, by where they stand in a config.
     """
-    run, _, trainer = text.partition(f"\n{TRAINER}:\n")
-    parts = [run.rstrip(), f"configs of the package (`--config NAME`):\n{list_configs()}"]
-    parts += [_section(place, kind) for place, kind in classes.items()]
-    return "\n\n".join([*parts, f"{TRAINER}:\n{trainer}"])
+    run, _, trainer = text.partition(f"\n{says.trainer}:\n")
+    parts = [run.rstrip(), f"configs of the package (`--config NAME`):\n{list_configs(says.configs)}"]
+    parts += [_section(place, kind, says.hints.get(place)) for place, kind in classes.items()]
+    return "\n\n".join([*parts, f"{says.trainer}:\n{trainer}"])
 
 
 def settings_parser(place: str, kind: type) -> jsonargparse.ArgumentParser:
@@ -78,10 +124,10 @@ def settings_parser(place: str, kind: type) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _section(place: str, kind: type) -> str:
+def _section(place: str, kind: type, hint: str | None) -> str:
     _, _, settings = settings_parser(place, kind).format_help().strip("\n").partition("\n")
     summary = (inspect.getdoc(kind) or "").partition("\n")[0]
     lines = [f"{place}: {kind.__name__}", f"  {summary}"]
-    if place in HINTS:
-        lines.append(f"  ({HINTS[place]})")
+    if hint is not None:
+        lines.append(f"  ({hint})")
     return "\n".join([*lines, settings]).rstrip()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-REMEDY = "`predict --help` explains all settings."
-
 KEY = re.compile(r'Parser key "([^"]+)":\s*')
 CLASS = re.compile(r"Problem with given class_path '[^']*':\s*")
 UNKNOWN = re.compile(r"(?:Option|does not accept option) '([^']+)'|unrecognized arguments: (\S+)")
@@ -16,13 +14,15 @@ SUBTYPES = re.compile(r"^Subtypes: \[(.*)\]$", re.MULTILINE)
 STRUCTURE = re.compile(r"^(Does not validate against|Subtypes:|Errors:|Given value)")
 
 
-def one_sentence(message: str) -> str:
+def one_sentence(message: str, subcommand: str = "predict") -> str:
     """The sentence for a user.
 
     Args:
         message: What jsonargparse says; where an argument may have several types, it lists for each why it does not
             fit, the wrong ones (a name in place of a class) among them.
+        subcommand: Whose help explains the arguments.
     """
+    remedy = f"`{subcommand} --help` explains all settings."
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = "\n".join(line for line in lines if line)
     text = CLASS.sub("", text)
@@ -30,10 +30,10 @@ def one_sentence(message: str) -> str:
     place = ".".join(keys)
     rest = KEY.sub("\n", text)
     if unknown := UNKNOWN.search(rest):
-        return f"There is no setting {'.'.join([*keys, unknown[1] or unknown[2]])}; {REMEDY}"
+        return f"There is no setting {'.'.join([*keys, unknown[1] or unknown[2]])}; {remedy}"
     if missing := MISSING.search(rest):
-        names = missing[1].replace("predict.", "")
-        return f"Nothing is said of {names}: give `--config CONFIG`, or set them one by one; {REMEDY}"
+        names = missing[1].replace(f"{subcommand}.", "")
+        return f"Nothing is said of {names}: give `--config CONFIG`, or set them one by one; {remedy}"
     # a class that refuses its settings says why; that stands among the types that were tried as well
     reasons = [x for x in rest.splitlines() if x and not STRUCTURE.match(x) and not EXPECTED.match(x)]
     if reasons:

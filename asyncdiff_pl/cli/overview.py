@@ -6,6 +6,9 @@ from pathlib import Path
 
 import yaml
 
+TRAINING = "train/"
+"""What the names of the configs for `fit` start with; the others are for `predict`."""
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the packaged configs."""
 
@@ -22,15 +25,26 @@ asyncdiff_pl: diffusion models on several GPUs at once, each sample timed and sc
 CONFIG is a YAML file, or the name of one that comes with the package:
 {list_configs()}
 
+and small networks are trained, by a CONFIG of these:
+
+  {PROGRAM} fit --config CONFIG [--SETTING VALUE ...]
+
+{list_configs(TRAINING)}
+
   try it, on any computer                  {PROGRAM} predict --config demo
   check all input, foresee time and disk   {PROGRAM} predict --config CONFIG --dry-run
   go on with a run that was stopped        {PROGRAM} predict --resume LOG_FOLDER
-  all settings, with units and defaults    {PROGRAM} predict --help"""
+  all settings, with units and defaults    {PROGRAM} predict --help
+  the same for training                    {PROGRAM} fit --help"""
 
 
-def list_configs() -> str:
-    """The packaged configs, a line each: name and first comment."""
-    names = packaged_configs()
+def list_configs(start: str = "") -> str:
+    """The packaged configs of a subcommand, a line each: name and first comment.
+
+    Args:
+        start: What their names start with; empty for those that `predict` takes.
+    """
+    names = [name for name in packaged_configs() if name.startswith(TRAINING) == (start == TRAINING)]
     width = max(map(len, names))
     comments = ((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0] for name in names)
     return "\n".join(f"  {name:{width}}  {text.strip('# ')}" for name, text in zip(names, comments, strict=True))

@@ -20,6 +20,8 @@ PACKAGE = str(Path(__file__).parents[1])
 USELESS_WARNINGS = (
     ".*does not have many workers.*",
     ".*overridden `transfer_batch_to_device`.*",
+    # scenes have no end, and those that come next follow from the number of steps
+    ".*resuming from a checkpoint that ended before the epoch ended.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
 
@@ -27,6 +29,7 @@ USELESS_RECORDS = (
     "Tip:",
     "TPU available",
     "distributed_backend=",
+    "`weights_only` was not set",
     "Detected KeyboardInterrupt",
     # pictures are read with PIL on purpose: torchvision is not needed
     "requires torchvision",
