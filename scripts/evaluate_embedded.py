@@ -15,6 +15,7 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
+import torch
 from embedded_measures import measure_autoencoders, measure_clip, measure_dit, measure_sd, measure_svd
 from embedded_report import Line, Options, markdown, report
 from jsonargparse import ArgumentParser
@@ -43,6 +44,7 @@ def main() -> None:
 
 def evaluate(options: Options, parts: Sequence[str]) -> list[Line]:
     """Measures the parts, one after the other, and writes the report anew after each."""
+    torch.backends.cudnn.deterministic = True
     options.output.mkdir(parents=True, exist_ok=True)
     lines: list[Line] = []
     for part in parts:
