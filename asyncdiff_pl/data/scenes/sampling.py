@@ -18,6 +18,7 @@ _TRIALS = 64
 
 
 @functools.cache
+@torch.autocast("cpu", enabled=False)
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     radii = torch.tensor(RADII)
     return tuple(table.to(device) for table in (palette_counts(), palette_names(), clashes(), radii))

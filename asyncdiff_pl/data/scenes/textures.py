@@ -1,6 +1,7 @@
 """Tables that drawing looks things up in: distance and surface of each shape, stars, clouds and blurred lights.
 
-They are computed once for each device. A look-up costs the same for any shape, so a batch may mix shapes freely.
+They are computed once for each device, in float32 whatever the mode of the first call. A look-up costs the same for any
+shape, so a batch may mix shapes freely.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def look_up(table: Tensor, layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 @functools.cache
+@torch.autocast("cpu", enabled=False)
 def shape_table(device: torch.device) -> Tensor:
     """Distance from the edge (in radii, negative inside) and x and y of the surface's normal: (1, 3, 8, 192, 192)."""
     axis = torch.linspace(-REACH, REACH, _RESOLUTION)
@@ -132,6 +134,7 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
 
 
 @functools.cache
+@torch.autocast("cpu", enabled=False)
 def sky_table(device: torch.device) -> Tensor:
     """How much there is of stars, clouds and blurred lights, 0 to 1, each repeating itself: (1, 1, 4, 257, 257)."""
     axis = torch.arange(_TILE_PIXELS) / _TILE_PIXELS

@@ -48,16 +48,16 @@ def test_different_attributes_give_different_captions(wording):
 
 def test_an_example_in_words():
     content = Content((Thing(3, 0, 2, 1), Thing(5, 5, 0, 0)), (RELATIONS.index("left"),), 4, 1)
-    assert [caption(content, wording) for wording in range(NUM_WORDINGS)] == EXAMPLE
-
-
-EXAMPLE = [
-    "A large glossy red star to the left of a small matte blue ring in front of rolling green hills.",
-    "There is a shiny star that is big and red, left of a dull donut that is little and blue, with a landscape of hills in green behind.",
-    "Green hills behind a red star, large and polished, on the left of a blue ring, small and plain.",
-    "Two objects before a valley of green hills: a huge five-pointed star in glossy red and a tiny round ring in matte blue.",
-    "A big red star with a shiny surface and a little blue donut with a dull surface against gentle green hills under the sky.",
-]
+    assert [caption(content, wording) for wording in range(NUM_WORDINGS)] == [
+        "A large glossy red star to the left of a small matte blue ring in front of rolling green hills.",
+        "There is a shiny star that is big and red, left of a dull donut that is little and blue, "
+        "with a landscape of hills in green behind.",
+        "Green hills behind a red star, large and polished, on the left of a blue ring, small and plain.",
+        "Two objects before a valley of green hills: a huge five-pointed star in glossy red "
+        "and a tiny round ring in matte blue.",
+        "A big red star with a shiny surface and a little blue donut with a dull surface "
+        "against gentle green hills under the sky.",
+    ]
 
 
 def test_relation_is_that_of_the_positions():

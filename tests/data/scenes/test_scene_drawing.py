@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from asyncdiff_pl.data.scenes import draw, sample_scenes
+from asyncdiff_pl.data.scenes import draw, sample_scenes, sampling
 from asyncdiff_pl.data.scenes.attributes import BACKGROUNDS, COLOURS, MATERIALS, SHAPES
+from asyncdiff_pl.data.scenes.draw import _tables as draw_tables
 from asyncdiff_pl.data.scenes.motion import PATHS, fold, pose_at
 from asyncdiff_pl.data.scenes.palettes import PALETTES, clashes, object_colours
+from asyncdiff_pl.data.scenes.textures import shape_table, sky_table
 
 
 def times(count, frames, fps=7):
@@ -29,6 +31,21 @@ def test_a_clip_alone_equals_the_clip_in_a_batch():
     batch = draw(scenes, times(12, 3), 48)
     assert torch.allclose(draw(scenes[7:8], times(1, 3), 48)[0], batch[7], atol=1e-5)
     assert torch.allclose(draw(scenes, times(12, 3)[:, 2:], 48)[:, 0], batch[:, 2], atol=1e-5)
+
+
+def test_a_first_call_in_another_mode_leaves_nothing_behind():
+    """Lightning validates in inference mode, perhaps in bfloat16, before it trains."""
+    scenes = sample_scenes(torch.arange(4))
+    expected = draw(scenes, times(4, 1), 32)
+    for cached in (shape_table, sky_table, sampling._tables, draw_tables):
+        cached.cache_clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        draw(sample_scenes(torch.arange(2)), times(2, 1), 32)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    pictures = draw(sample_scenes(torch.arange(4)), times(4, 1), 32)
+    assert torch.equal(pictures, expected)
+    (pictures * weight).sum().backward()
+    assert weight.grad is not None
 
 
 def test_a_larger_picture_shows_the_same():
