@@ -5,7 +5,7 @@ import torch
 from diffusers import StableVideoDiffusionPipeline
 from measure_quality import parse_shard
 from PIL import Image
-from scene_samples import PerSceneMotion, generate_videos, held_out, load, rounded, save_gif, sheet, to_images
+from scene_samples import PerSceneMotion, Scorer, generate_videos, held_out, load, rounded, save_gif, sheet, to_images
 
 from asyncdiff_pl.data.scenes import captions, sample_scenes
 from asyncdiff_pl.models.base import sample_seed
@@ -57,6 +57,15 @@ def test_videos_do_not_depend_on_the_batch_and_follow_their_own_motion(data):
     others = generate_videos(pipe, pictures, [20, 20], steps=1, batch_size=2)
     assert torch.allclose(together[0], others[0], atol=1e-3)
     assert not torch.equal(together[1], others[1])
+
+
+def test_scores_are_those_of_single_pictures(data):
+    scorer = Scorer(batch_size=5)
+    found = scorer.frames(data.clips, data.captions)
+    assert found.shape == (3, 4)
+    for clip, words, row in zip(data.clips, data.captions, found, strict=True):
+        expected = scorer.score.pairs(to_images(clip), words).mean(1)
+        assert torch.allclose(row, expected, atol=1e-3)
 
 
 def test_sheets(data, tmp_path):
