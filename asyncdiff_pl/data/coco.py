@@ -20,7 +20,7 @@ from asyncdiff_pl.data.base import SampleDataModule
 from asyncdiff_pl.data.sample import Sample, UnreadableSample
 
 DEMO_FOLDER = Path(__file__).parents[1] / "assets" / "demo_coco"
-"""Six drawn pictures with their captions: what the name `demo` stands for."""
+"""Sixteen drawn scenes with their captions: what the name `demo` stands for."""
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -90,7 +90,7 @@ class CocoCaptions(SampleDataModule):
     Images that the file names and the folder lacks are left out, and their number is said.
 
     Args:
-        images_dir: Folder of the images, such as COCO's `val2017`; `demo` means six drawn pictures that come with the
+        images_dir: Folder of the images, such as COCO's `val2017`; `demo` means sixteen drawn scenes that come with the
             package (write `./demo` for a folder of that name).
         annotations: Captions file in COCO's format, such as `captions_val2017.json`; `demo` means the captions of the
             six drawn pictures.

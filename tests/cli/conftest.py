@@ -17,7 +17,7 @@ from asyncdiff_pl.cli.overview import with_named_configs
 
 SMALL = (
     *("--data.height", "64", "--data.width", "64", "--model.num_frames", "2"),
-    *("--model.num_inference_steps", "4"),
+    *("--model.num_inference_steps", "4", "--data.max_images", "6"),
 )
 FREE = ("seconds", "timed", "step_latency_ms")
 """Columns of samples.csv that differ from run to run."""

@@ -283,8 +283,8 @@ def test_broken_files_are_reported_and_left_out(tmp_path):
 
 def test_the_packaged_sample_is_whole():
     data = CocoCaptions("demo", "demo", height=240, width=320)
-    assert data.num_samples == 6
-    for k in range(6):
+    assert data.num_samples == 16
+    for k in range(16):
         sample = data.samples()[k]
         assert sample.image.size == (320, 240)
         assert len(set(sample.captions)) == 5
