@@ -6,7 +6,7 @@ from torch import Tensor
 
 from asyncdiff_pl.metrics.motion import frame_difference
 
-MEDIAN_DIFFERENCE = 0.02
+MEDIAN_DIFFERENCE = 0.015
 """Median over training scenes of the mean absolute difference between neighbouring frames, for pixels from 0 to 1."""
 
 

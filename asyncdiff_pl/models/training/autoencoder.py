@@ -53,6 +53,9 @@ class AutoencoderTraining(NetworkTraining):
         model_class = AutoencoderKLTemporalDecoder if kind == "AutoencoderKLTemporalDecoder" else AutoencoderKL
         network = new_network(model_class, architecture)
         super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile)
+        if model_class is AutoencoderKLTemporalDecoder and network.config.layers_per_block == 1:
+            # diffusers' middle block has this attention and does not run it; DDP would wait for its gradient
+            network.decoder.mid_block.attentions.requires_grad_(False)
         self.edge_weight = edge_weight
         self.divergence_weight = divergence_weight
         self._latest: Tensor | None = None

@@ -48,7 +48,7 @@ def frozen_network(model_class: type[Network], name: str) -> Network:
     with quiet_libraries(), torch.device("cpu"):
         if has_weights(folder):
             return model_class.from_pretrained(folder, torch_dtype=torch.float32)
-        rank_zero_warn(f"{name}: random weights, what is trained on it means nothing")
+        rank_zero_warn(f"{folder.name}: random weights, what is trained on it means nothing")
         network = build_random_model(model_class, folder, torch.float32)
     assert isinstance(network, model_class)
     return network
