@@ -7,8 +7,8 @@ import re
 import pytest
 
 from asyncdiff_pl.cli.command import SETTINGS, run
-from asyncdiff_pl.cli.help import TRAINER, settings_parser
-from asyncdiff_pl.cli.overview import overview, packaged_configs
+from asyncdiff_pl.cli.help import PREDICT, settings_parser
+from asyncdiff_pl.cli.overview import TRAINING, overview, packaged_configs
 
 SURFACE = {
     "model": {
@@ -97,7 +97,7 @@ def test_sections_come_in_the_order_of_use(text):
     places = [title.partition(":")[0] for title in titles]
     assert [place for place in places if place in SURFACE] == list(SURFACE)
     assert places.index("the run") < places.index("model")
-    assert titles.index(TRAINER) == len(titles) - 1
+    assert titles.index(PREDICT.trainer) == len(titles) - 1
     assert text.startswith("usage: python -m asyncdiff_pl predict --config CONFIG")
     for option in ("--resume FOLDER", "--dry-run", "--config CONFIG"):
         assert option in text
@@ -106,6 +106,8 @@ def test_sections_come_in_the_order_of_use(text):
 def test_all_that_is_known_of_the_configs_is_shown(text):
     for name in packaged_configs():
         for place in (overview(), text):
+            if place == text and name.startswith(TRAINING):
+                continue  # `fit --help` shows it
             (line,) = [line for line in place.splitlines() if line.startswith(f"  {name} ")]
             assert len(line.split()) > 5
 
