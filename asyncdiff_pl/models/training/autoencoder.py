@@ -80,7 +80,7 @@ class AutoencoderTraining(NetworkTraining):
         decoded, distribution = self.round_trip(clips, draw=True)
         reference = clips * 2 - 1
         pixels, edges = pixel_loss(decoded, reference), gradient_loss(decoded, reference)
-        divergence = normal_divergence(distribution.mean, distribution.logvar)
+        divergence = normal_divergence(distribution.mean.float(), distribution.logvar.float())
         self._latest = clips
         loss = pixels + self.edge_weight * edges + self.divergence_weight * divergence
         return {"loss": loss, "pixels": pixels, "edges": edges, "divergence": divergence}
@@ -113,10 +113,11 @@ def encode(autoencoder: Any, pictures: Tensor) -> Tensor:
         pictures: [N, 3, H, W], pixels from 0 to 1; they are encoded `ENCODE_AT_ONCE` at a time.
 
     Returns:
-        [N, C, h, w].
+        [N, C, h, w], float32.
     """
     parts = [autoencoder.encode(part * 2 - 1).latent_dist.mode() for part in pictures.split(ENCODE_AT_ONCE)]
-    return torch.cat(parts)
+    # where networks run in 16 bits, noise is added in 32
+    return torch.cat(parts).float()
 
 
 def decode(autoencoder: Any, latents: Tensor, num_frames: int) -> Tensor:

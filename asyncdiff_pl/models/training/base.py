@@ -142,9 +142,8 @@ class NetworkTraining(LightningModule):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.learning_rate, betas=(0.9, self.beta2), fused=self.device.type == "cuda"
-        )
+        # not fused: Lightning does not clip gradients for such optimizers in mixed precision
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2))
         schedule = LambdaLR(optimizer, partial(warm_up_cosine, warm_up=self.warm_up, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -169,7 +168,9 @@ class NetworkTraining(LightningModule):
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not loggers:
             return
-        pictures = self.pictures(batch)
+        # pipelines keep their state in the format of what networks return: 16 bits would be too rough
+        with torch.autocast(self.device.type, enabled=False):
+            pictures = self.pictures(batch)
         if pictures is not None:
             rows = [torch.cat(list(row), dim=-1) for row in pictures.float().clamp(0, 1)]
             loggers[0].experiment.add_image("validation/pictures", torch.cat(rows, dim=-2).cpu(), self.global_step)

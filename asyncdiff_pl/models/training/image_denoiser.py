@@ -85,7 +85,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """What the network looks at, [B, L, D], of tokens [B, L] padded to the whole context."""
         encoder: Any = self.frozen["text_encoder"]
-        return encoder(input_ids=tokens).last_hidden_state
+        return encoder(input_ids=tokens).last_hidden_state.float()
 
     @override
     def condition(self, batch: Batch, dropped: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ class VideoDenoiserTraining(NetworkTraining):
         self.sample_steps = sample_steps
         self.num_samples = num_samples
         self.processor = CLIPImageProcessor.from_pretrained(self.clip_folder)
+        self.register_buffer("mean", torch.tensor(self.processor.image_mean), persistent=False)
+        self.register_buffer("std", torch.tensor(self.processor.image_std), persistent=False)
 
     @override
     def load_frozen(self) -> dict[str, nn.Module]:
@@ -100,12 +102,9 @@ class VideoDenoiserTraining(NetworkTraining):
     @torch.no_grad()
     def embed_pictures(self, pictures: Tensor) -> Tensor:
         """Image embeddings [B, 1, D] of pictures [B, 3, H, W] from 0 to 1, as the pipeline makes them."""
-        mean, std = (
-            torch.tensor(x, device=pictures.device) for x in (self.processor.image_mean, self.processor.image_std)
-        )
         encoder = self.frozen["image_encoder"]
-        pixels = normalise(resize_as_svd(pictures, encoder.config.image_size), mean, std)
-        return encoder(pixel_values=pixels).image_embeds[:, None]
+        pixels = normalise(resize_as_svd(pictures, encoder.config.image_size), self.mean, self.std)
+        return encoder(pixel_values=pixels).image_embeds[:, None].float()
 
     @torch.no_grad()
     def condition_latents(self, pictures: Tensor, noise_aug: Tensor) -> Tensor:
