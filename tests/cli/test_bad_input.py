@@ -58,7 +58,7 @@ def test_one_sentence_before_any_rank_starts(command, monkeypatch, arguments, se
     assert not list(command.folder.iterdir())
 
 
-IMAGES = [{"id": 1, "file_name": "red_ball.jpg"}, {"id": 2, "file_name": "balloon.jpg"}]
+IMAGES = [{"id": 1, "file_name": "demo_000001.png"}, {"id": 2, "file_name": "demo_000002.png"}]
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_gpus_that_are_not_there(command, monkeypatch):
 
 def test_an_unreadable_image_is_left_out_of_a_run_that_goes_on(command, tmp_path, recwarn, capsys):
     images = shutil.copytree(DEMO_FOLDER / "images", tmp_path / "images")
-    broken = images / "sailing_boat.jpg"
+    broken = images / "demo_000002.png"
     broken.write_bytes(broken.read_bytes()[:300])
     one = ("--trainer.devices", "1", "--trainer.strategy.stages", "1", "--model.num_inference_steps", "[1, 2]")
     command.here("--data.images_dir", str(images), "--data.max_images", "3", *one)
     assert [(row["steps"], row["id"]) for row in command.log().samples()] == [(n, i) for n in "12" for i in "13"]
-    said = [str(warning.message) for warning in recwarn if "sailing_boat" in str(warning.message)]
+    said = [str(warning.message) for warning in recwarn if "demo_000002" in str(warning.message)]
     assert len(said) == 1
     assert "cannot be read" in said[0]
     assert "1 of the images could not be read" in capsys.readouterr().out

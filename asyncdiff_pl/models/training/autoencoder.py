@@ -36,6 +36,10 @@ class AutoencoderTraining(NetworkTraining):
         beta2: Decay of the mean square of the gradients.
         warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+        start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones. An
+            autoencoder of videos takes those of one of pictures, too.
+        freeze_encoder: Train the decoder alone: latents stay what they are in `start_from`, and with them the denoisers
+            that were trained on them.
     """
 
     def __init__(
@@ -48,14 +52,25 @@ class AutoencoderTraining(NetworkTraining):
         beta2: float = 0.99,
         warm_up: int = 200,
         compile: bool = False,
+        start_from: str | None = None,
+        freeze_encoder: bool = False,
     ) -> None:
+        if freeze_encoder and start_from is None:
+            raise ValueError("freeze_encoder needs a trained encoder; set start_from to the folder of its autoencoder.")
         kind = read_json(find_component(architecture), "config.json", "a network's folder").get("_class_name")
         model_class = AutoencoderKLTemporalDecoder if kind == "AutoencoderKLTemporalDecoder" else AutoencoderKL
         network = new_network(model_class, architecture)
-        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile)
+        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile, start_from)
         if model_class is AutoencoderKLTemporalDecoder and network.config.layers_per_block == 1:
             # diffusers' middle block has this attention and does not run it; DDP would wait for its gradient
             network.decoder.mid_block.attentions.requires_grad_(False)
+        if freeze_encoder and start_from is not None:
+            config = read_json(find_component(start_from), "config.json", "a network's folder")
+            network.register_to_config(scaling_factor=config["scaling_factor"])
+            network.encoder.requires_grad_(False)
+            if network.quant_conv is not None:
+                network.quant_conv.requires_grad_(False)
+        self.freeze_encoder = freeze_encoder
         self.edge_weight = edge_weight
         self.divergence_weight = divergence_weight
         self._latest: Tensor | None = None
@@ -98,10 +113,11 @@ class AutoencoderTraining(NetworkTraining):
 
     @override
     def export(self, folder: Path) -> None:
-        assert self._latest is not None
-        with torch.no_grad():
-            latents = encode(self.network, self._latest.flatten(0, 1)[:ENCODE_AT_ONCE])
-        self.network.register_to_config(scaling_factor=round(1 / float(latents.float().std()), 5))
+        if not self.freeze_encoder:
+            assert self._latest is not None
+            with torch.no_grad():
+                latents = encode(self.network, self._latest.flatten(0, 1)[:ENCODE_AT_ONCE])
+            self.network.register_to_config(scaling_factor=round(1 / float(latents.float().std()), 5))
         super().export(folder)
 
 

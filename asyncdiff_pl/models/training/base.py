@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.training.components import load_start
 from asyncdiff_pl.training.learning_rate import warm_up_cosine
 
 Batch = dict[str, Any]
@@ -36,14 +37,24 @@ class NetworkTraining(LightningModule):
         beta2: Decay of the mean square of the gradients.
         warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+        start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
 
     def __init__(
-        self, network: nn.Module, learning_rate: float, weight_decay: float, beta2: float, warm_up: int, compile: bool
+        self,
+        network: nn.Module,
+        learning_rate: float,
+        weight_decay: float,
+        beta2: float,
+        warm_up: int,
+        compile: bool,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         if learning_rate <= 0 or warm_up < 0:
             raise ValueError(f"learning_rate is {learning_rate} and warm_up {warm_up} steps; give above 0, and from 0.")
+        if start_from is not None:
+            load_start(network, start_from)
         self.network = network.train().requires_grad_(True)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

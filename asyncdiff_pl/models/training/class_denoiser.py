@@ -33,6 +33,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
         beta2: Decay of the mean square of the gradients.
         warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+        start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
         beta2: float = 0.99,
         warm_up: int = 500,
         compile: bool = False,
+        start_from: str | None = None,
     ) -> None:
         network = new_network(DiTTransformer2DModel, architecture)
         classes = network.config.num_embeds_ada_norm
@@ -70,6 +72,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
             beta2=beta2,
             warm_up=warm_up,
             compile=compile,
+            start_from=start_from,
         )
         for part in network.modules():
             if isinstance(part, LabelEmbedding):

@@ -40,6 +40,7 @@ class CLIPTraining(NetworkTraining):
         beta2: Decay of the mean square of the gradients.
         warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+        start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class CLIPTraining(NetworkTraining):
         beta2: float = 0.98,
         warm_up: int = 500,
         compile: bool = False,
+        start_from: str | None = None,
     ) -> None:
         network = new_network(CLIPModel, architecture)
-        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile)
+        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile, start_from)
         self.folder = find_component(architecture)
         self.tokenizer = CLIPTokenizer.from_pretrained(self.folder)
         processor = read_json(self.folder, "preprocessor_config.json", "a CLIP model's folder")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import AutoencoderKLTemporalDecoder, ConfigMixin, SchedulerMixin
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from asyncdiff_pl.models.embedded import find_component
@@ -16,6 +17,9 @@ from asyncdiff_pl.models.loading import MODELS_FOLDER, find_scheduler, has_weigh
 from asyncdiff_pl.models.random_weights import build_random_model
 
 Network = TypeVar("Network", bound=nn.Module)
+
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""What diffusers and transformers call the file of a network's weights."""
 
 
 def new_network(model_class: type[Network], architecture: str) -> Network:
@@ -54,6 +58,62 @@ def frozen_network(model_class: type[Network], name: str) -> Network:
     return network
 
 
+def load_start(network: nn.Module, name: str) -> None:
+    """Gives a network the weights of a trained one.
+
+    An `AutoencoderKLTemporalDecoder` also takes those of an `AutoencoderKL` of its sizes, as the video models of
+    Blattmann et al. (2023), "Align your Latents", section 3.1.1, start from an image model. It then has the same
+    latents and decodes frame by frame: its temporal layers begin by changing nothing. With few layers its middle block
+    is shorter than the other one's, so its pictures have to be trained.
+
+    Args:
+        network: What is to be trained.
+        name: A folder as exported, or the name of a component of the package.
+
+    Raises:
+        ValueError: There are no weights, or they are of another class or size.
+    """
+    folder = find_component(name)
+    files = [folder / file for file in WEIGHT_FILES if (folder / file).is_file()]
+    if not files:
+        raise ValueError(
+            f"start_from is {name}, but there are no weights: it has neither {' nor '.join(WEIGHT_FILES)}."
+        )
+    weights = load_file(files[0])
+    kind = _class_name(read_json(folder, "config.json", "a network's folder"))
+    if isinstance(network, AutoencoderKLTemporalDecoder) and kind == "AutoencoderKL":
+        weights = _frame_by_frame(network.state_dict(), weights)
+    else:
+        _check_class(type(network), folder)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"start_from is {name}, whose weights do not fit the architecture: {error}") from error
+
+
+def _frame_by_frame(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a video autoencoder that decodes each frame as the picture autoencoder of these weights does."""
+    found = {}
+    for key, value in own.items():
+        if key.endswith("temporal_res_block.conv2.weight") or key.endswith("temporal_res_block.conv2.bias"):
+            # what this layer gives is added to its block's input
+            found[key] = torch.zeros_like(value)
+        elif key == "decoder.time_conv_out.weight":
+            found[key] = torch.zeros_like(value)
+            found[key][:, :, value.shape[2] // 2, 0, 0] = torch.eye(len(value))
+        elif key == "decoder.time_conv_out.bias":
+            found[key] = torch.zeros_like(value)
+        else:
+            found[key] = weights.get(key.replace(".spatial_res_block", ""), value)
+    if "post_quant_conv.weight" in weights:
+        # the video autoencoder lacks this 1 x 1 convolution of the latents: the next one takes it over
+        mix, shift = weights["post_quant_conv.weight"][:, :, 0, 0], weights["post_quant_conv.bias"]
+        kernel = weights["decoder.conv_in.weight"]
+        found["decoder.conv_in.weight"] = torch.einsum("oikl,ij->ojkl", kernel, mix)
+        found["decoder.conv_in.bias"] = weights["decoder.conv_in.bias"] + torch.einsum("oikl,i->o", kernel, shift)
+    return found
+
+
 def read_scheduler(name: str) -> Any:
     """Builds the scheduler of a pipeline.
 
@@ -72,7 +132,10 @@ def read_scheduler(name: str) -> Any:
 
 
 def _check_class(model_class: type[nn.Module], folder: Path) -> None:
-    config = read_json(folder, "config.json", "a network's folder")
-    found = config.get("_class_name") or (config.get("architectures") or ["network of unknown class"])[0]
+    found = _class_name(read_json(folder, "config.json", "a network's folder"))
     if found != model_class.__name__:
         raise ValueError(f"{folder} describes a {found}; give the folder of a {model_class.__name__}.")
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    return config.get("_class_name") or (config.get("architectures") or ["network of unknown class"])[0]

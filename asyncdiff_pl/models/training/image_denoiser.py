@@ -34,6 +34,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
         beta2: Decay of the mean square of the gradients.
         warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+        start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
         beta2: float = 0.99,
         warm_up: int = 500,
         compile: bool = False,
+        start_from: str | None = None,
     ) -> None:
         super().__init__(
             new_network(UNet2DConditionModel, architecture),
@@ -65,6 +67,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
             beta2=beta2,
             warm_up=warm_up,
             compile=compile,
+            start_from=start_from,
         )
         self.clip_folder = find_component(clip)
         self.tokenizer = CLIPTokenizer.from_pretrained(self.clip_folder)

@@ -49,6 +49,7 @@ class VideoDenoiserTraining(NetworkTraining):
         beta2: Decay of the mean square of the gradients.
         warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+        start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class VideoDenoiserTraining(NetworkTraining):
         beta2: float = 0.99,
         warm_up: int = 500,
         compile: bool = False,
+        start_from: str | None = None,
     ) -> None:
         network = new_network(UNetSpatioTemporalConditionModel, architecture)
-        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile)
+        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile, start_from)
         if not 0 < min_noise_aug <= max_noise_aug:
             raise ValueError(
                 f"min_noise_aug is {min_noise_aug} and max_noise_aug {max_noise_aug}; give 0 < min_noise_aug <= "

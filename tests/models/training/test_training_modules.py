@@ -1,6 +1,7 @@
 """Each module trains its network, in the conditions of its pipeline, and exports what the pipeline loads."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
 from asyncdiff_pl.data.scene_clips import SceneClips
+from asyncdiff_pl.models.embedded import find_component
 from asyncdiff_pl.models.training import (
     AutoencoderTraining,
     ClassDenoiserTraining,
@@ -43,6 +45,10 @@ class Asked:
     global_step = global_rank = 0
     accumulate_grad_batches = world_size = 1
     training = True
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
 
 
 def clips(num_frames, size=32, number=4, **settings):
@@ -91,6 +97,39 @@ def test_latents_get_unit_variance(tmp_path):
     autoencoder = AutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.float32)
     latents = autoencoder.encode(batch["frames"][:, 0] * 2 - 1).latent_dist.mode().detach()
     assert latents.std() * autoencoder.config.scaling_factor == pytest.approx(1, abs=0.01)
+
+
+def test_a_video_autoencoder_starts_from_one_of_pictures(tmp_path):
+    pictures, start, exported = build(CASES["image autoencoder"][0]), tmp_path / "pictures", tmp_path / "videos"
+    batch = clips(4)
+    # it is added before padding there and after it here
+    torch.nn.init.zeros_(pictures.network.post_quant_conv.bias)
+    pictures.loss(batch)
+    pictures.export(start)
+    own = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32)
+    # the one of videos has a middle block of one layer
+    own.decoder.mid_block.resnets, own.decoder.mid_block.attentions = (
+        own.decoder.mid_block.resnets[:1],
+        torch.nn.ModuleList(),
+    )
+    expected = own.decode(own.encode(batch["frames"].flatten(0, 1) * 2 - 1).latent_dist.mode()).sample
+
+    module = build(lambda: AutoencoderTraining("scene-video-autoencoder", start_from=str(start), freeze_encoder=True))
+    module.network.eval()
+    decoded = module.round_trip(batch["frames"], draw=False)[0].flatten(0, 1)
+    # the weights are stored in 16 bits
+    assert (decoded - expected).norm() < 0.01 * expected.norm()
+    encoder = {name for name, p in module.network.named_parameters() if not p.requires_grad}
+    assert {name.partition(".")[0] for name in encoder} == {"encoder", "quant_conv", "decoder"}
+    module.export(exported)
+    assert read_config(exported)["scaling_factor"] == read_config(start)["scaling_factor"] != 0.18215
+
+
+def test_a_start_without_weights(tmp_path):
+    config = find_component("scene-image-autoencoder") / "config.json"
+    (tmp_path / "config.json").write_text(config.read_text())
+    with pytest.raises(ValueError, match="but there are no weights: it has neither diffusion_pytorch_model"):
+        AutoencoderTraining("scene-image-autoencoder", start_from=str(tmp_path))
 
 
 def test_clip_is_exported_with_its_processor(tmp_path):
@@ -189,6 +228,7 @@ def test_classes_are_dropped_in_all_blocks_at_once():
         (lambda: ImageDenoiserTraining(autoencoder="none"), "none is no folder with a config.json"),
         (lambda: ImageDenoiserTraining(scheduler="none"), "is not the scheduler of a pipeline"),
         (lambda: VideoDenoiserTraining(min_noise_aug=0.5), "give 0 < min_noise_aug <= max_noise_aug"),
+        (lambda: AutoencoderTraining(freeze_encoder=True), "freeze_encoder needs a trained encoder; set start_from to"),
         (lambda: CLIPTraining(learning_rate=0.0), "learning_rate is 0.0 and warm_up 500 steps; give above 0"),
     ],
 )
