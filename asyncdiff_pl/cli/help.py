@@ -118,9 +118,12 @@ def settings_parser(place: str, kind: type) -> jsonargparse.ArgumentParser:
     """A parser of one class's settings alone."""
     parser = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     parser.add_class_arguments(kind, place)
+    names = [action.dest for action in parser._actions]
     for group in parser._action_groups:
-        # the class as a whole, from a file of its own: nobody would look for it among its settings
-        group._group_actions = [action for action in group._group_actions if action.dest != place]
+        # a class as a whole, from a file of its own: nobody would look for it among its settings
+        group._group_actions = [
+            action for action in group._group_actions if not any(name.startswith(f"{action.dest}.") for name in names)
+        ]
     return parser
 
 

@@ -82,7 +82,9 @@ def test_every_config_builds_what_it_names(command, monkeypatch, config):
 )
 def test_a_stopped_run_goes_on(command, number, status, ranks):
     several = () if ranks == 1 else ("--trainer.devices", str(ranks), "--trainer.strategy", "ddp")
-    process = command.start(arguments(command.folder, "--trainer.max_steps", "1000", "--model.warm_up", "5", *several))
+    process = command.start(
+        arguments(command.folder, "--trainer.max_steps", "1000", "--model.optimizer.warm_up", "5", *several)
+    )
     for line in process.stdout:
         if line.startswith("step 20 "):
             break
@@ -147,7 +149,7 @@ def test_help_explains_every_setting(monkeypatch):
     text = out.getvalue()
     assert text.startswith("usage: python -m asyncdiff_pl fit --config CONFIG")
     for place, kind in TRAINING_SETTINGS.items():
-        for name, default in vars(settings_parser(place, kind).get_defaults().get(place)).items():
+        for name, default in settings_parser(place, kind).get_defaults().get(place).items():
             entries = re.findall(rf"^  --{place}.{name} (.*?)(?=^  --|^\S|\Z)", text, re.MULTILINE | re.DOTALL)
             assert len(entries) == 1, (place, name)
             explained = "".join(entries[0].split())

@@ -15,6 +15,7 @@ from asyncdiff_pl.models.embedded import find_component
 from asyncdiff_pl.models.loading import read_json
 from asyncdiff_pl.models.training.base import Batch, NetworkTraining
 from asyncdiff_pl.models.training.components import new_network
+from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.training.reconstruction import gradient_loss, normal_divergence, pixel_loss
 
 ENCODE_AT_ONCE = 256
@@ -31,10 +32,7 @@ class AutoencoderTraining(NetworkTraining):
             name of a component of the package (`scene-video-autoencoder`, `scene-image-autoencoder`).
         edge_weight: Weight of the error of differences between neighbouring pixels, beside 1 for that of pixels.
         divergence_weight: Weight of the latents' divergence from a normal distribution, in nats a number.
-        learning_rate: Highest learning rate.
-        weight_decay: Decay of matrices and kernels; biases and norms have none.
-        beta2: Decay of the mean square of the gradients.
-        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones. An
             autoencoder of videos takes those of one of pictures, too.
@@ -47,10 +45,7 @@ class AutoencoderTraining(NetworkTraining):
         architecture: str = "scene-video-autoencoder",
         edge_weight: float = 0.5,
         divergence_weight: float = 1e-6,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-4,
-        beta2: float = 0.99,
-        warm_up: int = 200,
+        optimizer: Optimizer = Optimizer(weight_decay=1e-4, warm_up=200),
         compile: bool = False,
         start_from: str | None = None,
         freeze_encoder: bool = False,
@@ -60,7 +55,7 @@ class AutoencoderTraining(NetworkTraining):
         kind = read_json(find_component(architecture), "config.json", "a network's folder").get("_class_name")
         model_class = AutoencoderKLTemporalDecoder if kind == "AutoencoderKLTemporalDecoder" else AutoencoderKL
         network = new_network(model_class, architecture)
-        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile, start_from)
+        super().__init__(network, optimizer, compile, start_from)
         if model_class is AutoencoderKLTemporalDecoder and network.config.layers_per_block == 1:
             # diffusers' middle block has this attention and does not run it; DDP would wait for its gradient
             network.decoder.mid_block.attentions.requires_grad_(False)

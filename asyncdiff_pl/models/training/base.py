@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from typing_extensions import override
 
 from asyncdiff_pl.models.loading import quiet_libraries
 from asyncdiff_pl.models.training.components import load_start
-from asyncdiff_pl.training.learning_rate import warm_up_cosine
+from asyncdiff_pl.models.training.optimizer import Optimizer
 
 Batch = dict[str, Any]
 """`frames` [B, F, 3, H, W] from 0 to 1, `captions`, `changed_captions`, `fps` [B], `label` [B]; data/scene_clips.py."""
@@ -32,10 +31,7 @@ class NetworkTraining(LightningModule):
 
     Args:
         network: What is trained; its class has `save_pretrained`.
-        learning_rate: Highest learning rate.
-        weight_decay: Decay of matrices and kernels; biases and norms have none.
-        beta2: Decay of the mean square of the gradients.
-        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
@@ -43,23 +39,15 @@ class NetworkTraining(LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        learning_rate: float,
-        weight_decay: float,
-        beta2: float,
-        warm_up: int,
+        optimizer: Optimizer,
         compile: bool,
         start_from: str | None = None,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0 or warm_up < 0:
-            raise ValueError(f"learning_rate is {learning_rate} and warm_up {warm_up} steps; give above 0, and from 0.")
         if start_from is not None:
             load_start(network, start_from)
         self.network = network.train().requires_grad_(True)
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.beta2 = beta2
-        self.warm_up = warm_up
+        self.optimizer = optimizer
         self.compile_network = compile
         self.frozen: dict[str, nn.Module] = {}
         """Networks that are used and not trained, by name."""
@@ -148,15 +136,7 @@ class NetworkTraining(LightningModule):
                 f"trainer.max_steps is {total}; say how many training steps there are (`--trainer.max_steps 1000`), "
                 "since the learning rate falls to 0 over them."
             )
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        # not fused: Lightning does not clip gradients for such optimizers in mixed precision
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2))
-        schedule = LambdaLR(optimizer, partial(warm_up_cosine, warm_up=self.warm_up, total=total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.optimizer.build(self.network, total)
 
     # -- helpers ------------------------------------------------------------------------------------------------
 

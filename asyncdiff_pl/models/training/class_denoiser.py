@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from asyncdiff_pl.models.training.base import Batch
 from asyncdiff_pl.models.training.components import new_network
+from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.models.training.still_denoiser import StillDenoiserTraining
 
 NULL_CLASS = 1000
@@ -28,10 +29,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
         sample_steps: Denoising steps of the pictures that are drawn in validation.
         num_samples: Number of pictures that are drawn in validation; 0 for none.
         guidance_scale: Guidance of the pictures that are drawn in validation.
-        learning_rate: Highest learning rate.
-        weight_decay: Decay of matrices and kernels; biases and norms have none.
-        beta2: Decay of the mean square of the gradients.
-        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
@@ -45,10 +43,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
         sample_steps: int = 20,
         num_samples: int = 8,
         guidance_scale: float = 4.0,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
-        beta2: float = 0.99,
-        warm_up: int = 500,
+        optimizer: Optimizer = Optimizer(weight_decay=0.0),
         compile: bool = False,
         start_from: str | None = None,
     ) -> None:
@@ -67,10 +62,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
             sample_steps,
             num_samples,
             guidance_scale,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            beta2=beta2,
-            warm_up=warm_up,
+            optimizer=optimizer,
             compile=compile,
             start_from=start_from,
         )

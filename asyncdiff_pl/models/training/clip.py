@@ -17,6 +17,7 @@ from asyncdiff_pl.models.embedded import find_component
 from asyncdiff_pl.models.loading import read_json
 from asyncdiff_pl.models.training.base import Batch, NetworkTraining
 from asyncdiff_pl.models.training.components import new_network
+from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.training.contrastive import contrastive_loss
 from asyncdiff_pl.training.pictures import disturb, normalise, resize_as_processor, resize_as_svd
 
@@ -35,10 +36,7 @@ class CLIPTraining(NetworkTraining):
     Args:
         architecture: A folder with the config.json of a `CLIPModel`, its tokenizer and its processor, or the name of a
             component of the package.
-        learning_rate: Highest learning rate.
-        weight_decay: Decay of matrices and kernels; biases and norms have none.
-        beta2: Decay of the mean square of the gradients.
-        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
@@ -46,15 +44,12 @@ class CLIPTraining(NetworkTraining):
     def __init__(
         self,
         architecture: str = "scene-clip",
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.05,
-        beta2: float = 0.98,
-        warm_up: int = 500,
+        optimizer: Optimizer = Optimizer(weight_decay=0.05, beta2=0.98),
         compile: bool = False,
         start_from: str | None = None,
     ) -> None:
         network = new_network(CLIPModel, architecture)
-        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile, start_from)
+        super().__init__(network, optimizer, compile, start_from)
         self.folder = find_component(architecture)
         self.tokenizer = CLIPTokenizer.from_pretrained(self.folder)
         processor = read_json(self.folder, "preprocessor_config.json", "a CLIP model's folder")

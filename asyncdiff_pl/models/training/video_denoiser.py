@@ -13,6 +13,7 @@ from asyncdiff_pl.models.embedded import find_component
 from asyncdiff_pl.models.training.autoencoder import encode
 from asyncdiff_pl.models.training.base import Batch, NetworkTraining, drawn_from, to_pil
 from asyncdiff_pl.models.training.components import frozen_network, new_network, read_scheduler
+from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.training.continuous_noise import LogNormalSigmas, v_preconditioning, v_target
 from asyncdiff_pl.training.motion import motion_bucket
 from asyncdiff_pl.training.pictures import normalise, resize_as_svd
@@ -44,10 +45,7 @@ class VideoDenoiserTraining(NetworkTraining):
         max_noise_aug: Most noise on the picture.
         sample_steps: Denoising steps of the clips that are drawn in validation.
         num_samples: Number of clips that are drawn in validation; 0 for none.
-        learning_rate: Highest learning rate.
-        weight_decay: Decay of matrices and kernels; biases and norms have none.
-        beta2: Decay of the mean square of the gradients.
-        warm_up: Steps in which the learning rate rises; it then falls as a cosine, to 0 at `trainer.max_steps`.
+        optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
     """
@@ -66,15 +64,12 @@ class VideoDenoiserTraining(NetworkTraining):
         max_noise_aug: float = 0.2,
         sample_steps: int = 12,
         num_samples: int = 4,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        beta2: float = 0.99,
-        warm_up: int = 500,
+        optimizer: Optimizer = Optimizer(),
         compile: bool = False,
         start_from: str | None = None,
     ) -> None:
         network = new_network(UNetSpatioTemporalConditionModel, architecture)
-        super().__init__(network, learning_rate, weight_decay, beta2, warm_up, compile, start_from)
+        super().__init__(network, optimizer, compile, start_from)
         if not 0 < min_noise_aug <= max_noise_aug:
             raise ValueError(
                 f"min_noise_aug is {min_noise_aug} and max_noise_aug {max_noise_aug}; give 0 < min_noise_aug <= "

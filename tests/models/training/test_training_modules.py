@@ -25,6 +25,7 @@ from asyncdiff_pl.models.training import (
     VideoDenoiserTraining,
 )
 from asyncdiff_pl.models.training.base import drawn_from, to_pil
+from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.training.motion import motion_bucket
 
 CPU = torch.device("cpu")
@@ -229,7 +230,7 @@ def test_classes_are_dropped_in_all_blocks_at_once():
         (lambda: ImageDenoiserTraining(scheduler="none"), "is not the scheduler of a pipeline"),
         (lambda: VideoDenoiserTraining(min_noise_aug=0.5), "give 0 < min_noise_aug <= max_noise_aug"),
         (lambda: AutoencoderTraining(freeze_encoder=True), "freeze_encoder needs a trained encoder; set start_from to"),
-        (lambda: CLIPTraining(learning_rate=0.0), "learning_rate is 0.0 and warm_up 500 steps; give above 0"),
+        (lambda: Optimizer(learning_rate=0.0), "learning_rate is 0.0 and warm_up 500 steps; give above 0"),
     ],
 )
 def test_bad_settings(make, sentence):

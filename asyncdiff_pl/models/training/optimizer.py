@@ -1,0 +1,53 @@
+"""How the weights follow the gradients in every training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from asyncdiff_pl.training.learning_rate import warm_up_cosine
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with a learning rate that rises at the start and then falls as a cosine, to 0 at `trainer.max_steps`.
+
+    Args:
+        learning_rate: Highest learning rate.
+        weight_decay: Decay of matrices and kernels; biases and norms have none.
+        beta2: Decay of the mean square of the gradients.
+        warm_up: Steps in which the learning rate rises.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    warm_up: int = 500
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.warm_up < 0:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate} and warm_up {self.warm_up} steps; give above 0, and from 0."
+            )
+
+    def build(self, network: nn.Module, total: int) -> dict[str, Any]:
+        """What Lightning's `configure_optimizers` returns, for the parameters that are trained.
+
+        Args:
+            network: What is trained.
+            total: Number of training steps.
+        """
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        # not fused: Lightning does not clip gradients for such optimizers in mixed precision
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2))
+        schedule = LambdaLR(optimizer, partial(warm_up_cosine, warm_up=self.warm_up, total=total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
