@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 from checkpoints import save_small_svd
@@ -8,6 +9,14 @@ from checkpoints import save_small_svd
 def own_cache(tmp_path_factory):
     """Pipelines of the package are put together below a folder of the tests, those of other processes too."""
     os.environ["ASYNCDIFF_PL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    # a shell starts a background job with SIGINT ignored, and every process that the tests start would inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
