@@ -57,8 +57,8 @@ def pose_at(scenes: Scenes, times: Tensor) -> Pose:
     turn = phase + time * speed / reach
     direction = velocity / speed.clamp(min=1e-6)
     swing = fold(start + reach * direction * (turn.sin() - phase.sin()), limit)
-    quarter = torch.tensor([0.0, math.pi / 2], device=times.device)
-    orbit = fold(start + reach * ((turn + quarter).sin() - (phase + quarter).sin()), limit)
+    here, there = (torch.cat([place, place + math.pi / 2], -1).sin() for place in (phase, turn))
+    orbit = fold(start + reach * (there - here), limit)
     bounce = torch.stack(
         [drift[..., 0], _fall(start[..., 1], speed[..., 0], limit[..., 0], phase[..., 0], time[..., 0])], -1
     )

@@ -82,7 +82,9 @@ def sample_scenes(
     )
 
     camera = numbers.choice(10)
-    heading = numbers.uniform(-1, 1, 2) * torch.tensor([0.8, 0.06], device=index.device)
+    heading = numbers.uniform(-1, 1, 2)
+    # mostly sideways; a tensor of these two numbers would make a GPU wait
+    heading = torch.stack([0.8 * heading[:, 0], 0.06 * heading[:, 1]], -1)
     pan = heading * tempo * ((camera >= 5) & (camera < 8))[:, None]
     sway = torch.stack([numbers.uniform(0.05, 0.14) * (camera >= 8), tempo[:, 0] * numbers.uniform(0.3, 0.9)], -1)
     return Scenes(
