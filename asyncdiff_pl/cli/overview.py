@@ -73,6 +73,8 @@ def with_named_configs(arguments: list[str]) -> list[str]:
             continue
         value = value if equals else arguments[at + 1]
         given[name] = find_config(value) if name == "--config" else find_log_folder(value)
+        if name == "--config":
+            _check_subcommand(arguments[0], given[name])
         found[at : at + 2 - len(equals)] = [f"{name}={given[name]}"] if equals else [name, given[name]]
     if "--resume" in given and "--config" not in given:
         config = Path(given["--resume"]) / "config.yaml"
@@ -92,6 +94,17 @@ def find_config(name: str) -> str:
     if candidate.is_file():
         return str(candidate)
     raise ValueError(f"There is no config {name}; give a YAML file or one of {', '.join(packaged_configs())}.")
+
+
+def _check_subcommand(subcommand: str, path: str) -> None:
+    """Tells that a packaged config is one of the other subcommand."""
+    file, packaged = Path(path).resolve(), CONFIGS.resolve()
+    if not file.is_relative_to(packaged):
+        return
+    name = file.relative_to(packaged).with_suffix("").as_posix()
+    own = "fit" if name.startswith(TRAINING) else "predict"
+    if subcommand in ("fit", "predict") and subcommand != own:
+        raise ValueError(f"{name} is a config of `{own}`: {PROGRAM} {own} --config {name}.")
 
 
 def _check_yaml(path: str) -> None:

@@ -63,3 +63,11 @@ def test_help_and_a_wrong_name_do_not_wait_for_torch(arguments, status):
     assert process.returncode == status
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time" in line}
     assert not imported & {"torch", "lightning", "diffusers", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "name", "other"), [("fit", "demo", "predict"), ("predict", "train/clip", "fit")]
+)
+def test_a_config_of_the_other_subcommand(subcommand, name, other):
+    with pytest.raises(ValueError, match=rf"{name} is a config of `{other}`: .* {other} --config {name}"):
+        with_named_configs([subcommand, "--config", name])
