@@ -8,6 +8,7 @@ connected it is rank 0.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -166,6 +167,8 @@ def _say(text: str) -> None:
 
 
 def _exit(status: int) -> NoReturn:
+    # data workers and their locks: the interpreter's own end, which sees to them, is left out below
+    multiprocessing.util._exit_function()
     # a rank that waits for this one in a collective must not keep the interpreter from ending
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,9 +8,6 @@ is: it is already shared out, and a group that has nothing to do gets one empty 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from asyncdiff_pl.data.sample import Sample, StepSweep, UnreadableSample
+from asyncdiff_pl.data.workers import worker_settings
 
 
 def share_out(num_entries: int, batch_size: int, num_groups: int, group: int) -> list[list[int]]:
@@ -56,14 +54,9 @@ class SampleBatches:
         num_workers: int,
         on_unreadable: Callable[[UnreadableSample], None],
     ) -> None:
+        dataset = _Caught(entries)
         self._loader = DataLoader(
-            _Caught(entries),
-            batch_sampler=batches,
-            num_workers=num_workers,
-            # a forked child would inherit the locks of communication threads in whatever state they are
-            multiprocessing_context="forkserver" if num_workers else None,
-            worker_init_fn=_end_with_main_process,
-            collate_fn=list,
+            dataset, batch_sampler=batches, collate_fn=list, **worker_settings(dataset, num_workers)
         )
         self._on_unreadable = on_unreadable
         self.step_counts = [[entries.entries[index][0] for index in batch] for batch in batches]
@@ -81,21 +74,6 @@ class SampleBatches:
                 else:
                     samples.append(item)
             yield samples
-
-
-def _end_with_main_process(worker: int) -> None:
-    """Ends this data worker as soon as the main process is gone, however that ended.
-
-    PyTorch's workers watch the process that forked them. That is the fork server, and it ends only after its workers.
-    """
-    main_process = multiprocessing.parent_process()
-    assert main_process is not None
-
-    def wait() -> None:
-        main_process.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Caught(Dataset["Sample | UnreadableSample"]):

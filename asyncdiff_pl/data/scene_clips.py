@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from asyncdiff_pl.data.scenes import (
     draw,
     sample_scenes,
 )
+from asyncdiff_pl.data.workers import worker_settings
 
 TokenMaker = Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[Tensor, Tensor]]
 """Turns captions and changed captions into tokens."""
@@ -222,11 +222,10 @@ class SceneClips(LightningDataModule):
         return DataLoader(
             batches,
             batch_size=None,
-            num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_set_up_worker,
+            **worker_settings(batches, workers),
         )
 
     @override
@@ -241,9 +240,3 @@ class SceneClips(LightningDataModule):
         if is_training and self.max_start:
             times = times + self.max_start * torch.rand_like(fps)[:, None]
         return {**batch, "frames": draw(scenes, times, self.size)}
-
-
-def _set_up_worker(number: int) -> None:
-    torch.set_num_threads(1)
-    # a worker is a copy of a process that may have used the tokenizer's threads, which are not copied
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

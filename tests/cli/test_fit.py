@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import signal
 import time
@@ -111,6 +112,21 @@ def test_a_stopped_run_goes_on(command, number, status, ranks):
     assert [at for at, _ in loss] == [at for at in range(end) if at != step - 1]
     assert sum(value for _, value in loss[-5:]) < 0.8 * sum(value for _, value in loss[:5])
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_ctrl_c_in_a_terminal_reaches_data_workers_too(command):
+    more = ("--trainer.max_steps", "1000", "--data.num_workers", "1")
+    process = command.start(arguments(command.folder, *more))
+    for line in process.stdout:
+        if line.startswith("step 20 "):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    stopped = command.finish(process)
+    assert stopped.status == 130, stopped.err
+    assert "state saved after step" in stopped.out
+    assert not stopped.own_tracebacks
+    assert "leaked" not in stopped.err
+    assert command.processes_left() == []
 
 
 PREDICTS = '{"class_path": "asyncdiff_pl.strategies.AsyncDiffStrategy"}'
