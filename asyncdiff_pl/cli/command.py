@@ -20,6 +20,7 @@ from asyncdiff_pl.cli.help import FIT, PREDICT, explain, sections
 from asyncdiff_pl.cli.messages import one_sentence
 from asyncdiff_pl.data.scene_clips import SceneClips
 from asyncdiff_pl.models.training import VideoDenoiserTraining
+from asyncdiff_pl.models.training.optimizer import check_steps
 from asyncdiff_pl.report.dry_run import describe_run
 
 CALLBACKS = {
@@ -187,6 +188,9 @@ class Command(LightningCLI):
                 name = type(self.trainer.strategy).__name__
                 raise ValueError(f"trainer.strategy is {name}, which only predicts; take auto or ddp to train.")
             self.trainer.strategy.check_module(self.model)
+        # Lightning's answer to SIGTERM is a message to all ranks out of the signal's handler, and then to go on; ours
+        # is to end: at once in `predict` (processes.py), in `fit` with the state saved (callbacks/training_state.py)
+        self.trainer._signal_connector.register_signal_handlers = lambda: None
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -196,19 +200,12 @@ class Command(LightningCLI):
             arguments["ckpt_path"] = str(Path(folder) / CHECKPOINT)
         return arguments
 
-    def before_fit(self) -> None:
-        """Leaves signals to the callback that saves the state."""
-        self.trainer._signal_connector.register_signal_handlers = lambda: None
-
     def before_predict(self) -> None:
         """Ends a dry run here."""
         if self.config[self.subcommand].dry_run:
             if rank_zero_only.rank == 0:
                 print(describe_run(self.trainer, self.model, self.datamodule))
             sys.exit(0)
-        # Lightning's answer to SIGTERM is a message to all ranks out of the signal's handler, and then to go on; ours
-        # is to end (processes.py)
-        self.trainer._signal_connector.register_signal_handlers = lambda: None
 
 
 def run(arguments: list[str]) -> None:
@@ -249,11 +246,8 @@ def _folders(config: Namespace) -> list[Namespace]:
 
 def _check_training(config: Namespace) -> None:
     """Tells early that a training run has no end, or nothing to go on from."""
-    if config.trainer.max_steps < 1 and not config.trainer.fast_dev_run:
-        raise ValueError(
-            f"trainer.max_steps is {config.trainer.max_steps}; give the number of training steps, "
-            "`--trainer.max_steps 1000` say: the learning rate falls to 0 over them."
-        )
+    if not config.trainer.fast_dev_run:
+        check_steps(config.trainer.max_steps)
     if config.resume is not None and not (Path(config.resume) / CHECKPOINT).is_file():
         raise ValueError(
             f"{config.resume} holds no {CHECKPOINT}: nothing was saved before the run ended; start it anew, without "

@@ -19,6 +19,7 @@ from typing_extensions import override
 from asyncdiff_pl.models.loading import quiet_libraries
 from asyncdiff_pl.models.training.components import load_start
 from asyncdiff_pl.models.training.optimizer import Optimizer
+from asyncdiff_pl.models.training.tokens import Tokenize
 
 Batch = dict[str, Any]
 """`frames` [B, F, 3, H, W] from 0 to 1, `captions`, `changed_captions`, `fps` [B], `label` [B]; data/scene_clips.py."""
@@ -51,6 +52,8 @@ class NetworkTraining(LightningModule):
         self.compile_network = compile
         self.frozen: dict[str, nn.Module] = {}
         """Networks that are used and not trained, by name."""
+        self.tokenize: Tokenize | None = None
+        """Makes tokens of captions, if the network is trained with captions."""
         self._sums: dict[str, Any] = {}
         self._summed = 0
 
@@ -92,6 +95,9 @@ class NetworkTraining(LightningModule):
     def setup(self, stage: str) -> None:
         if not self.frozen:
             self.frozen = {name: part.eval().requires_grad_(False) for name, part in self.load_frozen().items()}
+        if self.tokenize is not None and hasattr(self.trainer.datamodule, "tokenize"):
+            # the workers of a data module that offers it make tokens, while this process draws and trains
+            self.trainer.datamodule.tokenize = self.tokenize
 
     @override
     def on_fit_start(self) -> None:
@@ -130,13 +136,7 @@ class NetworkTraining(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        total = self.trainer.max_steps
-        if total < 1:
-            raise ValueError(
-                f"trainer.max_steps is {total}; say how many training steps there are (`--trainer.max_steps 1000`), "
-                "since the learning rate falls to 0 over them."
-            )
-        return self.optimizer.build(self.network, total)
+        return self.optimizer.build(self.network, self.trainer.max_steps)
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
@@ -145,6 +145,14 @@ class NetworkTraining(LightningModule):
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)
         return schedule
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens of the captions [B, L] and of the changed ones [B, K, L]."""
+        if "tokens" in batch:
+            return batch["tokens"], batch["changed_tokens"]
+        assert self.tokenize is not None
+        tokens, changed = self.tokenize(batch["captions"], batch["changed_captions"])
+        return tokens.to(self.device), changed.to(self.device)
 
     @contextmanager
     def _as_called_by_pipelines(self) -> Iterator[None]:

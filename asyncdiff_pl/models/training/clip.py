@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from asyncdiff_pl.models.loading import read_json
 from asyncdiff_pl.models.training.base import Batch, NetworkTraining
 from asyncdiff_pl.models.training.components import new_network
 from asyncdiff_pl.models.training.optimizer import Optimizer
+from asyncdiff_pl.models.training.tokens import Tokenize
 from asyncdiff_pl.training.contrastive import contrastive_loss
 from asyncdiff_pl.training.pictures import disturb, normalise, resize_as_processor, resize_as_svd
 
@@ -51,20 +51,13 @@ class CLIPTraining(NetworkTraining):
         network = new_network(CLIPModel, architecture)
         super().__init__(network, optimizer, compile, start_from)
         self.folder = find_component(architecture)
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.folder)
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder)
+        self.tokenize = Tokenize(tokenizer, network.config.text_config.max_position_embeddings)
         processor = read_json(self.folder, "preprocessor_config.json", "a CLIP model's folder")
         self.register_buffer("mean", torch.tensor(processor["image_mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(processor["image_std"]), persistent=False)
         self._embedded: list[tuple[Tensor, Tensor, Tensor]] = []
         self._captions: list[str] = []
-
-    @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        # the workers of a data module that offers it make tokens, while this process draws and trains
-        data = self.trainer.datamodule
-        if hasattr(data, "tokenize"):
-            data.tokenize = Tokenize(self.tokenizer, self.network.config.text_config.max_position_embeddings)
 
     def embed_pictures(self, pictures: Tensor, as_svd: bool = False) -> Tensor:
         """Embeddings of unit length [B, D] of pictures [B, 3, H, W], pixels from 0 to 1.
@@ -134,41 +127,3 @@ class CLIPTraining(NetworkTraining):
         for name in PROCESSOR_FILES:
             if (self.folder / name).is_file():
                 shutil.copy(self.folder / name, folder / name)
-
-    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens of the captions [B, L] and of the changed ones [B, K, L]."""
-        if "tokens" in batch:
-            return batch["tokens"], batch["changed_tokens"]
-        tokenize = Tokenize(self.tokenizer, self.network.config.text_config.max_position_embeddings)
-        tokens, changed = tokenize(batch["captions"], batch["changed_captions"])
-        return tokens.to(self.device), changed.to(self.device)
-
-
-class Tokenize:
-    """Turns captions and changed captions into tokens of one length, a multiple of 8.
-
-    Args:
-        tokenizer: Of CLIP; it ends texts with the token that it pads with.
-        context: Most tokens of a text.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer, context: int) -> None:
-        self.tokenizer = tokenizer
-        self.context = context
-
-    def __call__(self, captions: Sequence[str], changed: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-        """Tokens.
-
-        Args:
-            captions: B texts.
-            changed: For each of them K texts.
-
-        Returns:
-            [B, L] and [B, K, L], int64.
-        """
-        texts = [*captions, *(text for texts in changed for text in texts)]
-        rows = self.tokenizer(texts, truncation=True, max_length=self.context)["input_ids"]
-        length = min(self.context, -(-max(map(len, rows)) // 8) * 8)
-        end = self.tokenizer.eos_token_id
-        tokens = torch.tensor([row + [end] * (length - len(row)) for row in rows])
-        return tokens[: len(captions)], tokens[len(captions) :].view(len(captions), -1, length)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLTemporalDecoder, ConfigMixin, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, ConfigMixin, SchedulerMixin
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,9 +16,6 @@ from asyncdiff_pl.models.loading import MODELS_FOLDER, find_scheduler, has_weigh
 from asyncdiff_pl.models.random_weights import build_random_model
 
 Network = TypeVar("Network", bound=nn.Module)
-
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-"""What diffusers and transformers call the file of a network's weights."""
 
 
 def new_network(model_class: type[Network], architecture: str) -> Network:
@@ -74,17 +70,17 @@ def load_start(network: nn.Module, name: str) -> None:
         ValueError: There are no weights, or they are of another class or size.
     """
     folder = find_component(name)
-    files = [folder / file for file in WEIGHT_FILES if (folder / file).is_file()]
-    if not files:
+    if not has_weights(folder):
         raise ValueError(
-            f"start_from is {name}, but there are no weights: it has neither {' nor '.join(WEIGHT_FILES)}."
+            f"start_from is {name}, but there are no weights: it has neither diffusion_pytorch_model.safetensors nor "
+            "model.safetensors."
         )
-    weights = load_file(files[0])
-    kind = _class_name(read_json(folder, "config.json", "a network's folder"))
-    if isinstance(network, AutoencoderKLTemporalDecoder) and kind == "AutoencoderKL":
-        weights = _frame_by_frame(network.state_dict(), weights)
+    found = _class_name(read_json(folder, "config.json", "a network's folder"))
+    if isinstance(network, AutoencoderKLTemporalDecoder) and found == "AutoencoderKL":
+        weights = _frame_by_frame(network.state_dict(), frozen_network(AutoencoderKL, name).state_dict())
     else:
         _check_class(type(network), folder)
+        weights = frozen_network(type(network), name).state_dict()
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

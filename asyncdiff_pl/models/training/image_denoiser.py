@@ -15,6 +15,7 @@ from asyncdiff_pl.models.training.base import Batch
 from asyncdiff_pl.models.training.components import frozen_network, new_network
 from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.models.training.still_denoiser import StillDenoiserTraining
+from asyncdiff_pl.models.training.tokens import Tokenize
 
 
 class ImageDenoiserTraining(StillDenoiserTraining):
@@ -63,18 +64,13 @@ class ImageDenoiserTraining(StillDenoiserTraining):
         )
         self.clip_folder = find_component(clip)
         self.tokenizer = CLIPTokenizer.from_pretrained(self.clip_folder)
-        self.register_buffer("empty", PadTokens(self.tokenizer)([""], [])[0], persistent=False)
+        context = self.tokenizer.model_max_length
+        self.tokenize = Tokenize(self.tokenizer, context, multiple=context)
+        self.register_buffer("empty", self.tokenize([""], [])[0], persistent=False)
 
     @override
     def load_frozen(self) -> dict[str, nn.Module]:
         return {**super().load_frozen(), "text_encoder": frozen_network(CLIPTextModel, str(self.clip_folder))}
-
-    @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        data = self.trainer.datamodule
-        if hasattr(data, "tokenize"):
-            data.tokenize = PadTokens(self.tokenizer)
 
     @torch.no_grad()
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -84,9 +80,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
 
     @override
     def condition(self, batch: Batch, dropped: Tensor) -> Tensor:
-        tokens = batch.get("tokens")
-        if tokens is None:
-            tokens = PadTokens(self.tokenizer)(batch["captions"], [])[0].to(self.device)
+        tokens, _ = self._tokens(batch)
         return self.embed_tokens(torch.where(dropped[:, None], self.empty, tokens))
 
     @override
@@ -119,22 +113,3 @@ class ImageDenoiserTraining(StillDenoiserTraining):
             generator=generator,
             output_type="pt",
         ).images
-
-
-class PadTokens:
-    """Turns captions into tokens padded to the whole context, as the pipeline does.
-
-    Args:
-        tokenizer: Of CLIP.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, captions: list[str], changed: list[list[str]]) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L] of the captions; changed captions are not looked at, and give [B, 0, L]."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return tokens, tokens.new_zeros(len(captions), 0, length)

@@ -40,8 +40,12 @@ class Optimizer:
 
         Args:
             network: What is trained.
-            total: Number of training steps.
+            total: Number of training steps, `trainer.max_steps`.
+
+        Raises:
+            ValueError: The number of steps is not known.
         """
+        check_steps(total)
         parameters = [p for p in network.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
@@ -51,3 +55,16 @@ class Optimizer:
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2))
         schedule = LambdaLR(optimizer, partial(warm_up_cosine, warm_up=self.warm_up, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_steps(max_steps: int) -> None:
+    """Tells that a training run has no end.
+
+    Raises:
+        ValueError: `trainer.max_steps` is not set.
+    """
+    if max_steps < 1:
+        raise ValueError(
+            f"trainer.max_steps is {max_steps}; give the number of training steps, `--trainer.max_steps 1000` say: "
+            "the learning rate falls to 0 over them."
+        )
