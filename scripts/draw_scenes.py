@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from PIL import Image
-from torch import Tensor
+from sheets import save_gif
+from sheets import sheet as grid
 
 from asyncdiff_pl.data.scenes import Split, captions, draw, sample_scenes, write_coco
 from asyncdiff_pl.data.scenes.coco_folder import ImageFormat
@@ -64,23 +64,11 @@ def draw_scenes(
     parts = [draw(scenes[first : first + 8], times[first : first + 8], size) for first in range(0, count, 8)]
     clips = torch.cat(parts)
     if columns == 0:
-        _picture(clips.flatten(0, 1), frames).save(sheet)
+        grid(clips.flatten(0, 1), frames, border=4).save(sheet)
     elif moving:
-        pictures = [_picture(clips[:, number], columns) for number in range(frames)]
-        pictures[0].save(sheet, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+        save_gif(clips, sheet, columns, fps, border=4)
     else:
-        _picture(clips[:, 0], columns).save(sheet)
-
-
-def _picture(images: Tensor, columns: int, margin: int = 4) -> Image.Image:
-    """Images (N, 3, size, size) in a white grid."""
-    size = images.shape[-1] + margin
-    rows = -(-len(images) // columns)
-    canvas = torch.ones(3, rows * size + margin, columns * size + margin)
-    for number, image in enumerate(images):
-        y, x = (margin + size * place for place in divmod(number, columns))
-        canvas[:, y : y + size - margin, x : x + size - margin] = image
-    return Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy())
+        grid(clips[:, 0], columns, border=4).save(sheet)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,13 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, DiTPipeline, StableDiffusionPipeline
 from diffusers import StableVideoDiffusionPipeline as SVDPipeline
 from embedded_report import Line, Options
-from scene_samples import Scorer, generate_pictures, generate_videos, held_out, load, save_gif, sheet
+from scene_samples import FPS, Scorer, generate_pictures, generate_videos, held_out, load
+from sheets import save_gif, sheet
 from torch import Tensor, nn
 
-from asyncdiff_pl.data.scenes import CLASS_NAMES, changed_captions, class_caption, class_of
-from asyncdiff_pl.data.scenes.attributes import (
-    BACKGROUND_COLOURS,
-    BACKGROUNDS,
-    COLOURS,
-    MATERIALS,
-    SHAPES,
-    SIZES,
-)
+from asyncdiff_pl.data.scenes import CLASS_NAMES, class_caption, class_of
 from asyncdiff_pl.data.scenes.captions import Content, caption, contents
+from asyncdiff_pl.data.scenes.changed_captions import changed_contents
 from asyncdiff_pl.metrics.motion import flicker, frame_difference
 from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
 from asyncdiff_pl.metrics.psnr import psnr
@@ -59,13 +53,16 @@ def measure_clip(options: Options) -> list[Line]:
         # each scene is judged in one wording, all wordings alike
         own = torch.arange(wording, count, wordings)
         true = [data.captions[index][wording] for index in own.tolist()]
-        changed = changed_captions(data.scenes[own], CHANGED, wording, options.seed)
-        tables = [attributes_by_caption(content, wording) for content in contents(data.scenes[own])]
-        attributes = [[table[text] for text in texts] for table, texts in zip(tables, changed, strict=True)]
+        found = changed_contents(data.scenes[own], CHANGED, options.seed)
+        changed = [[caption(change, wording) for change in changes] for changes in found]
+        attributes = [
+            [changed_attribute(content, change) for change in changes]
+            for content, changes in zip(contents(data.scenes[own]), found, strict=True)
+        ]
         similarity = among_changed(scorer, images[own.to(images.device)], true, changed)
         hits.append(ranks_first(similarity))
-        for name, found in by_changed_attribute(similarity, attributes).items():
-            by_attribute.setdefault(name, []).append(found)
+        for name, flags in by_changed_attribute(similarity, attributes).items():
+            by_attribute.setdefault(name, []).append(flags)
     note = "by wording " + ", ".join(f"{share:.3f}" for share in rates)
     return [
         Line("tiny-clip", f"true caption first among {OTHERS} random", sum(rates) / wordings, low=0.9, note=note),
@@ -111,18 +108,16 @@ def by_changed_attribute(similarity: Tensor, attributes: Sequence[Sequence[str]]
     return found
 
 
-def attributes_by_caption(content: Content, wording: int) -> dict[str, str]:
-    """All captions that differ from a scene's in one attribute, and which attribute that is."""
-    found = {}
-    for name, kinds in (("background", BACKGROUNDS), ("background_colour", BACKGROUND_COLOURS)):
-        for value in range(len(kinds)):
-            found[caption(content._replace(**{name: value}), wording)] = name.replace("_", " ")
-    for at, thing in enumerate(content.things):
-        for name, kinds in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("material", MATERIALS)):
-            for value in range(len(kinds)):
-                things = (*content.things[:at], thing._replace(**{name: value}), *content.things[at + 1 :])
-                found[caption(content._replace(things=things), wording)] = name
-    return found
+def changed_attribute(true: Content, changed: Content) -> str:
+    """The attribute in which two scenes differ."""
+    pairs = [(true, changed), *zip(true.things, changed.things, strict=True)]
+    (name,) = (
+        name
+        for one, other in pairs
+        for name in one._fields
+        if name != "things" and getattr(one, name) != getattr(other, name)
+    )
+    return name.replace("_", " ")
 
 
 # -- autoencoders -----------------------------------------------------------------------------------------------------
@@ -230,7 +225,8 @@ def measure_svd(options: Options) -> list[Line]:
     strips = torch.stack([data.clips[:8], found[:8]], dim=1).flatten(0, 1)
     first = data.pictures[:8].repeat_interleave(2, 0)[:, None]
     sheet(torch.cat([first, strips], dim=1).flatten(0, 1), strips.shape[1] + 1).save(options.output / "svd_strips.png")
-    save_gif(torch.stack([data.clips[:8], found[:8]], dim=1).flatten(0, 1), options.output / "svd.gif", columns=4)
+    pairs = torch.stack([data.clips[:8], found[:8]], dim=1).flatten(0, 1)
+    save_gif(pairs, options.output / "svd.gif", columns=4, fps=FPS)
     return lines
 
 

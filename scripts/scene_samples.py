@@ -1,15 +1,14 @@
-"""What the scripts that judge the embedded models share: held-out scenes, batched pipeline calls, scores and sheets."""
+"""What the scripts that judge the embedded models share: held-out scenes, batched pipeline calls and scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableVideoDiffusionPipeline
-from PIL import Image
+from sheets import rounded, to_images
 from torch import Tensor
 
 from asyncdiff_pl.data.scenes import Scenes, captions, draw, sample_scenes
@@ -74,17 +73,6 @@ def held_out(
         words += captions(scenes)
     every = sample_scenes(torch.arange(count), "test", max_objects=max_objects)
     return HeldOut(every, torch.cat(parts), words)
-
-
-def rounded(pixels: Tensor) -> Tensor:
-    """Pixels from 0 to 1 as they are after they have been stored in 8 bits, float32."""
-    return pixels.float().clamp(0, 1).mul(255).round() / 255
-
-
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """Pictures [N, 3, H, W] with values from 0 to 1 for pipelines, processors and files."""
-    pixels = rounded(pictures).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
 
 
 # -- pipelines --------------------------------------------------------------------------------------------------------
@@ -266,28 +254,3 @@ class Scorer:
         images = self.images(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
         texts = self.texts([text for own in captions for text in own]).unflatten(0, (len(clips), -1))
         return 100 * torch.einsum("bfd,bcd->bfc", images, texts).mean(2).cpu()
-
-
-# -- sheets -----------------------------------------------------------------------------------------------------------
-
-
-def sheet(pictures: Tensor, columns: int, gap: int = 4) -> Image.Image:
-    """Pictures [N, 3, H, W] side by side in rows, on white.
-
-    Args:
-        pictures: Values from 0 to 1.
-        columns: Pictures of a row.
-        gap: Pixels between them.
-    """
-    height, width = pictures.shape[-2:]
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(to_images(pictures)):
-        page.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
-    return page
-
-
-def save_gif(clips: Tensor, path: Path, columns: int) -> None:
-    """Clips [N, F, 3, H, W] side by side in rows, as an animation at 7 frames per second."""
-    frames = [sheet(clips[:, index], columns) for index in range(clips.shape[1])]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / FPS), loop=0)

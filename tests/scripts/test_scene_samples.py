@@ -5,7 +5,8 @@ import torch
 from diffusers import StableVideoDiffusionPipeline
 from measure_quality import parse_shard
 from PIL import Image
-from scene_samples import PerSceneMotion, Scorer, generate_videos, held_out, load, rounded, save_gif, sheet, to_images
+from scene_samples import FPS, PerSceneMotion, Scorer, generate_videos, held_out, load
+from sheets import rounded, save_gif, sheet, to_images
 
 from asyncdiff_pl.data.scenes import captions, sample_scenes
 from asyncdiff_pl.models.base import sample_seed
@@ -70,7 +71,7 @@ def test_scores_are_those_of_single_pictures(data):
 
 def test_sheets(data, tmp_path):
     assert sheet(data.pictures, columns=2, gap=4).size == (260, 260)
-    save_gif(data.clips, tmp_path / "clips.gif", columns=3)
+    save_gif(data.clips, tmp_path / "clips.gif", columns=3, fps=FPS)
     with Image.open(tmp_path / "clips.gif") as animation:
         assert (animation.size, animation.n_frames) == ((392, 128), 4)
 

@@ -21,9 +21,6 @@ MAX_CHANGES = sum(_LENGTHS) - 4 + len(BACKGROUNDS) - 1 + len(BACKGROUND_COLOURS)
 def changed_captions(scenes: Scenes, number: int, wording: int, seed: int = 0) -> list[list[str]]:
     """Captions that differ from the true one in exactly one attribute.
 
-    What changes is the shape, colour, size or material of one object, the background's kind or its colour, each as
-    likely as the others, for as long as it has further values. A colour never becomes that of another object.
-
     Args:
         scenes: B scenes, best on the CPU.
         number: Captions of each scene, all different from one another and from the true one, 0 to `MAX_CHANGES`.
@@ -31,20 +28,37 @@ def changed_captions(scenes: Scenes, number: int, wording: int, seed: int = 0) -
         seed: Another seed makes other choices.
 
     Returns:
-        B lists of `number` sentences.
+        B lists of `number` sentences, of the `changed_contents`.
 
     Raises:
         ValueError: `number` or `wording` is out of range.
     """
-    if not 0 <= number <= MAX_CHANGES:
-        raise ValueError(f"number is {number}, but a scene has {MAX_CHANGES} sure changes; give 0 to {MAX_CHANGES}.")
     if not 0 <= wording < NUM_WORDINGS:
         raise ValueError(f"wording is {wording}; give 0 to {NUM_WORDINGS - 1}.")
+    return [[caption(change, wording) for change in changes] for changes in changed_contents(scenes, number, seed)]
+
+
+def changed_contents(scenes: Scenes, number: int, seed: int = 0) -> list[list[Content]]:
+    """What the changed captions say of each scene.
+
+    What changes is the shape, colour, size or material of one object, the background's kind or its colour, each as
+    likely as the others, for as long as it has further values. A colour never becomes that of another object.
+
+    Args:
+        scenes: B scenes, best on the CPU.
+        number: Changes of each scene, all different, 0 to `MAX_CHANGES`.
+        seed: Another seed makes other choices.
+
+    Returns:
+        B lists of `number` contents.
+
+    Raises:
+        ValueError: `number` is out of range.
+    """
+    if not 0 <= number <= MAX_CHANGES:
+        raise ValueError(f"number is {number}, but a scene has {MAX_CHANGES} sure changes; give 0 to {MAX_CHANGES}.")
     rows = zip(scenes.index.tolist(), contents(scenes), strict=True)
-    return [
-        [caption(change, wording) for change in _changes(content, number, _Dice(index, seed))]
-        for index, content in rows
-    ]
+    return [_changes(content, number, _Dice(index, seed)) for index, content in rows]
 
 
 class _Dice:
