@@ -93,7 +93,7 @@ class CocoCaptions(SampleDataModule):
         images_dir: Folder of the images, such as COCO's `val2017`; `demo` means sixteen drawn scenes that come with the
             package (write `./demo` for a folder of that name).
         annotations: Captions file in COCO's format, such as `captions_val2017.json`; `demo` means the captions of the
-            six drawn pictures.
+            drawn scenes.
         max_images: Takes the first so many images; null takes all.
         height: Height that the images are brought to, in pixels; a multiple of 8.
         width: Width that the images are brought to, in pixels; a multiple of 8.
