@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import logging
 import resource
 import socket
@@ -17,7 +15,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from asyncdiff_pl.callbacks.roles import gather, log_folder, tensorboard, write_atomically
+from asyncdiff_pl.callbacks.roles import gather, log_folder, tensorboard
+from asyncdiff_pl.callbacks.sample_table import cell, write_table
 
 log = logging.getLogger(__name__)
 
@@ -157,10 +156,5 @@ def peak_resident_bytes() -> int:
 
 def write_reports(path: Path, reports: list[DeviceReport]) -> None:
     """Writes one row a rank, with the names of `DeviceReport` as columns."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, [field.name for field in dataclasses.fields(DeviceReport)], lineterminator="\n")
-    table.writeheader()
-    for report in reports:
-        row = dataclasses.asdict(report)
-        table.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    rows = [{name: cell(value) for name, value in dataclasses.asdict(report).items()} for report in reports]
+    write_table(path, rows, [field.name for field in dataclasses.fields(DeviceReport)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import logging
 import time
@@ -17,7 +15,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from asyncdiff_pl.callbacks.roles import SampleCount, gather, is_leader, log_folder, tensorboard, write_atomically
+from asyncdiff_pl.callbacks.roles import SampleCount, gather, is_leader, log_folder, tensorboard
+from asyncdiff_pl.callbacks.sample_table import cell, read_table, write_table
 from asyncdiff_pl.models.base import Prediction
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 
@@ -203,15 +202,10 @@ def write_curves(path: Path, curves: dict[int, list[Moments]]) -> None:
         curves: For each step count the moments of each step.
     """
     rows = {(n, step): moments for n, line in curves.items() for step, moments in enumerate(line)}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                key = int(row["steps"]), int(row["step"])
-                before = Moments(int(row["count"]), float(row["mean_ms"]), float(row["std_ms"]))
-                rows[key] = rows[key] | before if key in rows else before
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["steps", "step", "mean_ms", "std_ms", "count"])
-    for (n, step), moments in sorted(rows.items()):
-        table.writerow([n, step, f"{moments.mean:.6g}", f"{moments.std:.6g}", moments.count])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    for row in read_table(path):
+        key = int(row["steps"]), int(row["step"])
+        before = Moments(int(row["count"]), float(row["mean_ms"]), float(row["std_ms"]))
+        rows[key] = rows[key] | before if key in rows else before
+    columns = ["steps", "step", "mean_ms", "std_ms", "count"]
+    cells = [(n, step, m.mean, m.std, m.count) for (n, step), m in sorted(rows.items())]
+    write_table(path, [dict(zip(columns, map(cell, values), strict=True)) for values in cells], columns)
