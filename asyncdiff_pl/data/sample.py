@@ -17,10 +17,13 @@ class Sample:
 
     Args:
         id: Name of the sample, unique in its dataset; it names rows, files and the noise.
-        captions: What the picture shows, for scores and, where the model takes a prompt, for the model.
+        captions: What the picture shows, for scores; the first is the prompt where none is given.
         image: Conditioning picture, already in the size of the run; None where the model takes none.
         steps: Number of denoising steps; None takes the module's.
-        inputs: Further arguments of the pipeline for this sample alone.
+        inputs: Further values by name, for this sample alone: arguments of the pipeline's call (`negative_prompt`,
+            `guidance_scale`) and what the module fills in by name (`mask_image`, `control_image`, `class_label`).
+        prompt: What the model is told to draw; None takes the first caption.
+        seed: Seed of this sample's noise; None makes one from the run's seed and the id.
     """
 
     id: str
@@ -28,6 +31,8 @@ class Sample:
     image: Image.Image | None = None
     steps: int | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    prompt: str | None = None
+    seed: int | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> Sample:
         """Stays where it is: Lightning would move it to the device, but the pipeline moves what it computes with."""
@@ -37,6 +42,13 @@ class Sample:
     def key(self) -> tuple[int | None, str]:
         """What tells this piece of work from every other of the run: step count and id."""
         return self.steps, self.id
+
+    @property
+    def text(self) -> str:
+        """What the model is told to draw: the prompt, else the first caption, else nothing."""
+        if self.prompt is not None:
+            return self.prompt
+        return self.captions[0] if self.captions else ""
 
 
 class UnreadableSample(Exception):
