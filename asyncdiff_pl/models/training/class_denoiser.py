@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from asyncdiff_pl.models.training.base import Batch
@@ -54,6 +54,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
                 f"{architecture} has num_embeds_ada_norm {classes}; set {NULL_CLASS}, the class that `DiTPipeline` "
                 "takes for none."
             )
+        initialise(network)
         super().__init__(
             network,
             autoencoder,
@@ -95,3 +96,27 @@ class ClassDenoiserTraining(StillDenoiserTraining):
             output_type="np",
         ).images
         return torch.from_numpy(made).permute(0, 3, 1, 2)
+
+
+def initialise(network: DiTTransformer2DModel) -> None:
+    """Draws the weights of a diffusion transformer so that each of its blocks begins by changing nothing.
+
+    diffusers leaves torch's own initial weights, with which training soon or late diverges.
+
+    Args:
+        network: What is to be trained.
+
+    Source: Peebles & Xie (2023), "Scalable Diffusion Models with Transformers", section 3.2, "adaLN-Zero block".
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for block in network.transformer_blocks:
+        for layer in (block.norm1.emb.timestep_embedder.linear_1, block.norm1.emb.timestep_embedder.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    for layer in (network.proj_out_1, network.proj_out_2):
+        nn.init.zeros_(layer.weight)

@@ -210,6 +210,16 @@ def test_the_image_network_is_trained_in_the_conditions_of_its_pipeline():
         torch.testing.assert_close(module.condition(batch, torch.tensor([dropped, dropped])), given)
 
 
+def test_blocks_of_a_new_transformer_change_nothing():
+    network = build(ClassDenoiserTraining).network
+    seen = {}
+    for number, block in enumerate(network.transformer_blocks):
+        block.register_forward_hook(lambda module, args, output, at=number: seen.update({at: (args[0], output)}))
+    estimate = network(torch.randn(2, 4, 32, 32), torch.tensor([3, 500]), torch.tensor([0, 79])).sample
+    assert all(torch.equal(before, after) for before, after in seen.values())
+    assert len(seen) == 8 and not estimate.any()
+
+
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_classes_are_dropped_in_all_blocks_at_once():
     module, batch = build(ClassDenoiserTraining), clips(1, number=2)
