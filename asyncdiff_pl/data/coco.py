@@ -3,54 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from asyncdiff_pl.data.base import SampleDataModule
-from asyncdiff_pl.data.sample import Sample, UnreadableSample
+from asyncdiff_pl.data.pictures import Fit, check_fit, read_picture
+from asyncdiff_pl.data.sample import Sample
 
 DEMO_FOLDER = Path(__file__).parents[1] / "assets" / "demo_coco"
 """Sixteen drawn scenes with their captions: what the name `demo` stands for."""
 
-Fit = Literal["crop", "pad", "stretch"]
-
-
-def fit_image(image: Image.Image, width: int, height: int, fit: Fit) -> Image.Image:
-    """Brings an image to a size, with Lanczos resampling.
-
-    Args:
-        image: RGB image.
-        width: Width of the result, in pixels.
-        height: Height of the result, in pixels.
-        fit: `crop` scales until the image covers the size and cuts off what juts out, equally on both sides; `pad`
-            scales until it fits in and adds black bars, equally on both sides; `stretch` scales width and height
-            apart.
-    """
-    size = (width, height)
-    if fit == "crop":
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    if fit == "pad":
-        return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color="black")
-    return image.resize(size, Image.Resampling.LANCZOS)
-
 
 @dataclass(frozen=True)
 class CocoEntry:
-    """One image of an annotation file: its id, its file and all its captions."""
+    """One image of an annotation file.
+
+    Args:
+        id: Its id.
+        path: Its file; None where captions are served alone.
+        captions: All its captions.
+        prompt: The caption that the model is told; None takes the first.
+    """
 
     id: str
-    path: Path
+    path: Path | None
     captions: tuple[str, ...]
+    prompt: str | None = None
 
 
 class CocoDataset(Dataset[Sample]):
@@ -58,12 +46,12 @@ class CocoDataset(Dataset[Sample]):
 
     Args:
         entries: The images.
-        width: Width of the samples' images, in pixels.
-        height: Height of the samples' images, in pixels.
+        width: Width of the samples' images, in pixels; None where there are none.
+        height: Height of the samples' images, in pixels; None where there are none.
         fit: How an image of another shape is brought to that size; see `fit_image`.
     """
 
-    def __init__(self, entries: Sequence[CocoEntry], width: int, height: int, fit: Fit) -> None:
+    def __init__(self, entries: Sequence[CocoEntry], width: int | None, height: int | None, fit: Fit) -> None:
         self.entries = entries
         self.width = width
         self.height = height
@@ -74,14 +62,8 @@ class CocoDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         entry = self.entries[index]
-        try:
-            with Image.open(entry.path) as file:
-                upright = ImageOps.exif_transpose(file).convert("RGB")
-            image = fit_image(upright, self.width, self.height, self.fit)
-        # whatever a broken file makes a decoder raise: Pillow's span OSError, SyntaxError, ValueError, struct.error ...
-        except Exception as error:
-            raise UnreadableSample(str(entry.path), str(error) or type(error).__name__) from error
-        return Sample(entry.id, entry.captions, image)
+        image = None if entry.path is None else read_picture(entry.path, self.width, self.height, self.fit)
+        return Sample(entry.id, entry.captions, image, prompt=entry.prompt)
 
 
 class CocoCaptions(SampleDataModule):
@@ -91,22 +73,25 @@ class CocoCaptions(SampleDataModule):
 
     Args:
         images_dir: Folder of the images, such as COCO's `val2017`; `demo` means sixteen drawn scenes that come with the
-            package (write `./demo` for a folder of that name).
+            package (write `./demo` for a folder of that name); null serves the captions of all images without the
+            images, as prompts.
         annotations: Captions file in COCO's format, such as `captions_val2017.json`; `demo` means the captions of the
             drawn scenes.
         max_images: Takes the first so many images; null takes all.
-        height: Height that the images are brought to, in pixels; a multiple of 8.
-        width: Width that the images are brought to, in pixels; a multiple of 8.
+        height: Height that the images are brought to, in pixels; a multiple of 8. Captions alone need none.
+        width: Width that the images are brought to, in pixels; a multiple of 8. Captions alone need none.
         fit: How an image of another shape is brought to that size: `crop` cuts off what juts out, equally on both
             sides; `pad` adds black bars; `stretch` distorts it.
         batch_size: Number of images that the pipeline gets in one call.
         num_workers: Number of processes that read images ahead; 0 reads them in the main process.
         skip_uncaptioned: Leaves out images without a caption; otherwise they are an error.
+        caption_index: Which of an image's captions is the prompt, from 0; null takes the first. What is generated is
+            scored against all captions of the image.
     """
 
     def __init__(
         self,
-        images_dir: str,
+        images_dir: str | None,
         annotations: str,
         max_images: int | None = None,
         height: int = 576,
@@ -115,15 +100,18 @@ class CocoCaptions(SampleDataModule):
         batch_size: int = 1,
         num_workers: int = 0,
         skip_uncaptioned: bool = False,
+        caption_index: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        self.images_dir = DEMO_FOLDER / "images" if images_dir == "demo" else Path(images_dir).expanduser()
+        self.images_dir = None if images_dir is None else _folder(images_dir)
         self.annotations = DEMO_FOLDER / "captions.json" if annotations == "demo" else Path(annotations).expanduser()
         self.max_images = max_images
-        self.height = height
-        self.width = width
+        # without pictures the model alone says what the size is
+        self.height = None if images_dir is None else height
+        self.width = None if images_dir is None else width
         self.fit = fit
         self.skip_uncaptioned = skip_uncaptioned
+        self.caption_index = caption_index
         self._entries: list[CocoEntry] | None = None
 
     @override
@@ -153,21 +141,20 @@ class CocoCaptions(SampleDataModule):
         if self._entries is not None:
             return
         super().check()
-        for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels < 8 or pixels % 8:
-                raise ValueError(f"{name} is {pixels} pixels; give a multiple of 8 from 8 up.")
-        if self.fit not in ("crop", "pad", "stretch"):
-            raise ValueError(f"fit is {self.fit!r}; give crop, pad or stretch.")
+        check_fit(self.fit, self.height, self.width)
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"max_images is {self.max_images}; give a number from 1 up, or null for all images.")
-        if not self.images_dir.is_dir():
+        if self.caption_index is not None and self.caption_index < 0:
+            raise ValueError(f"caption_index is {self.caption_index}; give a number from 0 up, or null for the first.")
+        if self.images_dir is not None and not self.images_dir.is_dir():
             raise ValueError(f"images_dir {self.images_dir} is not a folder; give the folder that holds the images.")
         self._entries = self._choose(read_captions(self.annotations))
 
     def _choose(self, coco: COCO) -> list[CocoEntry]:
         """The images of the run: those in the folder, in order of id, with captions, `max_images` at most."""
         images = [coco.imgs[key] for key in sorted(coco.imgs)]
-        present = [image for image in images if (self.images_dir / image["file_name"]).is_file()]
+        folder = self.images_dir
+        present = [image for image in images if folder is None or (folder / image["file_name"]).is_file()]
         if not present:
             raise ValueError(
                 f"None of the {len(images)} images that {self.annotations} names is in images_dir {self.images_dir} "
@@ -176,7 +163,7 @@ class CocoCaptions(SampleDataModule):
         entries = [
             CocoEntry(
                 str(image["id"]),
-                self.images_dir / image["file_name"],
+                None if folder is None else folder / image["file_name"],
                 tuple(note["caption"] for note in coco.imgToAnns.get(image["id"], ()) if note["caption"].strip()),
             )
             for image in present
@@ -195,8 +182,8 @@ class CocoCaptions(SampleDataModule):
             )
         if not entries:
             raise ValueError(
-                f"None of the {len(present)} images in {self.images_dir} has a caption in {self.annotations}; "
-                "give the captions of these images."
+                f"None of the {len(present)} images{'' if folder is None else f' in {folder}'} has a caption in "
+                f"{self.annotations}; give the captions of these images."
             )
         if len(present) < len(images):
             missing = len(images) - len(present)
@@ -206,7 +193,26 @@ class CocoCaptions(SampleDataModule):
             )
         if num_left_out:
             rank_zero_info(f"leaving out {num_left_out} images without a caption in {self.annotations}")
-        return entries
+        return self._with_prompts(entries)
+
+    def _with_prompts(self, entries: list[CocoEntry]) -> list[CocoEntry]:
+        """The same images, each told by the caption that `caption_index` names."""
+        index = self.caption_index
+        if index is None:
+            return entries
+        short = [entry for entry in entries if len(entry.captions) <= index]
+        if short:
+            least = min(len(entry.captions) for entry in short)
+            some = ", ".join(entry.id for entry in short[:5]) + (", ..." if len(short) > 5 else "")
+            raise ValueError(
+                f"caption_index is {index}, counted from 0, but {len(short)} of the {len(entries)} images of the run "
+                f"have fewer than {index + 1} captions in {self.annotations} (ids {some}); give at most {least - 1}."
+            )
+        return [dataclasses.replace(entry, prompt=entry.captions[index]) for entry in entries]
+
+
+def _folder(images_dir: str) -> Path:
+    return DEMO_FOLDER / "images" if images_dir == "demo" else Path(images_dir).expanduser()
 
 
 def read_captions(path: Path) -> COCO:

@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
 from asyncdiff_pl.data import CocoCaptions
-from asyncdiff_pl.data.coco import DEMO_FOLDER, fit_image
+from asyncdiff_pl.data.coco import DEMO_FOLDER
+from asyncdiff_pl.data.pictures import fit_image
 
 SHARED_COCO = Path(__file__).parents[2] / ".." / "shared" / "data" / "coco"
 
