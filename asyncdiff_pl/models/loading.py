@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "guoyww/animatediff-motion-adapter-v1-5-2": ("motion-adapter-v1-5-2", {}),
     "guoyww/animatediff-motion-adapter-v1-5-3": ("motion-adapter-v1-5-3", {}),
 }
-"""Hub checkpoints, pipelines and single networks, whose architecture ships with the package: folder, and what differs."""
+"""Hub names of pipelines and single networks whose architecture ships with the package: folder, and what differs."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
