@@ -235,6 +235,7 @@ def test_an_empty_list_of_categories_does_no_harm(tmp_path):
         ({"width": -8}, "width is -8 pixels; give a multiple of 8"),
         ({"fit": "cover"}, "fit is 'cover'; give crop, pad or stretch"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"caption_index": -1}, "caption_index is -1; give a number from 0 up, or null"),
     ],
 )
 def test_bad_arguments_are_told_with_the_remedy(kwargs, sentence, tmp_path):
@@ -290,6 +291,43 @@ def test_the_packaged_sample_is_whole():
         assert sample.image.size == (320, 240)
         assert len(set(sample.captions)) == 5
     assert sum(path.stat().st_size for path in DEMO_FOLDER.rglob("*") if path.is_file()) < 250_000
+
+
+def test_the_chosen_caption_is_the_prompt_and_all_of_them_score(tmp_path):
+    captions = {1: ["a", "b", "c"], 2: ["d", "e"]}
+    first = make(tmp_path, captions).samples()[0]
+    assert (first.prompt, first.text, first.captions) == (None, "a", ("a", "b", "c"))
+    chosen = make(tmp_path, captions, caption_index=1).samples()
+    assert [chosen[k].text for k in range(2)] == ["b", "e"]
+    assert chosen[0].captions == ("a", "b", "c")
+
+
+def test_a_caption_that_some_image_of_the_run_has_not(tmp_path):
+    captions = {1: ["a", "b", "c"], 2: ["d", "e"], 3: ["f"]}
+    with pytest.raises(ValueError) as caught:
+        make(tmp_path, captions, caption_index=2).check()
+    assert "caption_index is 2, counted from 0, but 2 of the 3 images of the run have fewer than 3" in str(caught.value)
+    assert "(ids 2, 3); give at most 0." in str(caught.value)
+    assert make(tmp_path, captions, caption_index=2, max_images=1).samples()[0].text == "c"
+
+
+def test_captions_are_served_without_images(tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps(captions_of({7: ["a", "b"], 3: ["c", "d"]})))
+    data = CocoCaptions(None, str(tmp_path / "captions.json"), caption_index=1)
+    assert data.ids() == ["3", "7"]
+    assert [data.samples()[k].text for k in range(2)] == ["d", "b"]
+    assert data.samples()[0].image is None
+    assert (data.height, data.width) == (None, None), "the model says what the size is"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_dark_and_bright_stay_apart_in_pictures_of_8_and_of_16_bits(mode, tmp_path):
+    data = make(tmp_path, {1: ["one"]})
+    ramp = np.broadcast_to(np.linspace(0, 255, 24).astype(np.uint8), (16, 24))
+    picture = Image.fromarray(ramp.astype(np.uint16) * 257 if mode == "I;16" else np.stack([ramp] * 3, -1))
+    assert picture.mode == mode
+    picture.save(tmp_path / "images" / "000001.png")
+    assert np.array_equal(np.array(data.samples()[0].image)[..., 1], ramp)
 
 
 @pytest.mark.skipif(not SHARED_COCO.is_dir(), reason="needs some of COCO's images")

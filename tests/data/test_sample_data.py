@@ -79,6 +79,19 @@ def predict(data, model=None, tmp_path=None, **kwargs):
 
 
 @pytest.mark.parametrize(
+    ("sample", "text"),
+    [
+        (Sample("1"), ""),
+        (Sample("1", ("a", "b")), "a"),
+        (Sample("1", ("a", "b"), prompt="c"), "c"),
+        (Sample("1", ("a", "b"), prompt=""), ""),
+    ],
+)
+def test_the_model_is_told_the_prompt_or_else_the_first_caption(sample, text):
+    assert sample.text == text
+
+
+@pytest.mark.parametrize(
     ("num_entries", "batch_size", "num_groups", "expected"),
     [
         (5, 1, 1, [[[0], [1], [2], [3], [4]]]),
