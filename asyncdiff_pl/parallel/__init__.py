@@ -2,5 +2,6 @@
 
 from asyncdiff_pl.parallel.api import Parallel, parallelize
 from asyncdiff_pl.parallel.layout import Groups, Layout
+from asyncdiff_pl.parallel.warm_up import WarmUp
 
-__all__ = ["Groups", "Layout", "Parallel", "parallelize"]
+__all__ = ["Groups", "Layout", "Parallel", "WarmUp", "parallelize"]

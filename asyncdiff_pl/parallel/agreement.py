@@ -1,12 +1,14 @@
 """Makes sure that all ranks of a pipeline sample the same thing.
 
 Each rank draws its own noise and steps its own scheduler, so ranks that were seeded differently would drift apart
-without a word. The inputs of a sample's first denoiser call are compared, and at the end of warm-up one rank's latents
-become everybody's: a difference in the last bit does not grow, and a larger one is an error.
+without a word. The inputs of a sample's first denoiser call are compared, and at the end of warm-up, and of each exact
+refresh, one rank's latents become everybody's: a difference in the last bit does not grow, and a larger one is an
+error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +29,17 @@ class Agreement(TrajectoryListener):
         denoiser: The network; a hook on it sees the first call's inputs.
         trajectory: Where the pipeline stands.
         exchange: Messages of this rank.
-        warm_up: Exact steps at the start of a sample.
+        is_due: Whether the step in work is the last exact one for now: the end of warm-up, or a refresh.
     """
 
-    def __init__(self, denoiser: nn.Module, trajectory: Trajectory, exchange: Exchange, warm_up: int) -> None:
+    def __init__(
+        self, denoiser: nn.Module, trajectory: Trajectory, exchange: Exchange, is_due: Callable[[], bool]
+    ) -> None:
         self.trajectory = trajectory
         self.exchange = exchange
-        self.warm_up = warm_up
+        self.is_due = is_due
         self._is_new = False
+        self._is_checked = False
         trajectory.subscribe(self)
         self._handle = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True)
 
@@ -45,21 +50,25 @@ class Agreement(TrajectoryListener):
 
     def on_sample_begin(self, trajectory: Trajectory) -> None:
         """Has the call that follows compared."""
-        self._is_new = True
+        self._is_new, self._is_checked = True, False
 
     def on_step(self, trajectory: Trajectory, output: Any) -> None:
-        """Takes over one rank's latents at the end of warm-up."""
-        if trajectory.position != self.warm_up - 1:
+        """Takes over one rank's latents at the end of warm-up and at each refresh."""
+        if not self.is_due():
             return
         latents = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
         agreed = latents.clone(memory_format=torch.contiguous_format)
         self.exchange.broadcast([agreed], 0)
-        difference = (latents - agreed).float().norm() / agreed.float().norm()
-        if float(self.exchange.spread(difference.reshape(1).double())) > TOLERANCE:
-            raise ValueError(
-                f"The ranks' latents drifted apart in the first {self.warm_up} steps: the scheduler adds noise that "
-                "differs between ranks; seed all ranks alike (`torch.manual_seed`) or pass `generator=`."
-            )
+        if not self._is_checked:
+            # once a sample: the CPU waits for the GPU to look
+            self._is_checked = True
+            difference = (latents - agreed).float().norm() / agreed.float().norm()
+            if float(self.exchange.spread(difference.reshape(1).double())) > TOLERANCE:
+                raise ValueError(
+                    f"The ranks' latents drifted apart in the first {trajectory.position + 1} steps: the scheduler "
+                    "adds noise that differs between ranks; seed all ranks alike (`torch.manual_seed`) or pass "
+                    "`generator=`."
+                )
         latents.copy_(agreed)
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

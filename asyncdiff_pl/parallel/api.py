@@ -16,6 +16,7 @@ from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.stages.cut import cut_hash
 from asyncdiff_pl.parallel.stages.pipeline import Settings, StagePipeline, is_installed
 from asyncdiff_pl.parallel.trajectory import Trajectory
+from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
 
 
 class Parallel:
@@ -66,6 +67,11 @@ class Parallel:
         return self._pipeline.asynchronous_steps if self._pipeline else 0
 
     @property
+    def exact_steps(self) -> int:
+        """Steps of the sample in work, or of the last one, that were computed exactly: warm-up and refreshes."""
+        return self._pipeline.exact_steps if self._pipeline else self._trajectory.position
+
+    @property
     def bytes_per_step(self) -> int:
         """Bytes of boundary tensors of one asynchronous step, over all ranks of half a guidance batch."""
         return self._pipeline.bytes_per_step if self._pipeline else 0
@@ -98,7 +104,8 @@ def parallelize(
     *,
     stages: int = 1,
     stride: int = 1,
-    warm_up: int = 3,
+    warm_up: int | WarmUp = 3,
+    refresh_every: int | None = None,
     time_shift: bool = False,
     cfg: int = 1,
     cut: Sequence[Sequence[str]] | None = None,
@@ -117,7 +124,9 @@ def parallelize(
         pipe: A diffusers pipeline, or a bare denoiser with `scheduler` given.
         stages: Stages that the denoiser is cut into, 1 to 8.
         stride: Steps that one round of the stages covers, 1 or 2; 2 takes one rank more.
-        warm_up: Exact steps at the start of each sample, 1 or more.
+        warm_up: Exact steps at the start of each sample: their number, 1 or more, or `WarmUp(until_noise=0.8)` or
+            `WarmUp(until_drift=0.1)`, for as many as the sample needs.
+        refresh_every: After warm-up each how many-th step is exact again, 2 or more; None for none.
         time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.
         cfg: 2 gives each half of the guidance batch its own ranks.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
@@ -134,8 +143,12 @@ def parallelize(
         ValueError: A setting is out of range, the ranks do not fit the layout, or the denoiser is in use already.
     """
     layout = Layout(stages, stride, cfg)
-    check_settings(layout, warm_up, cut)
+    check_settings(layout, warm_up, cut, refresh_every)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
+    asks_for_noise = isinstance(warm_up, WarmUp) and warm_up.until_noise is not None
+    if asks_for_noise and getattr(scheduler_in_use(), "timesteps", None) is not None:
+        # some have no timesteps yet; they are asked in the first sample
+        noise_levels(scheduler_in_use())
     if is_installed(denoiser):
         raise ValueError(
             f"This {type(denoiser).__name__} is cut into stages already; call `remove()` of its handle first."
@@ -154,23 +167,29 @@ def parallelize(
         coordinates = layout.coordinates(dist.get_rank())[1:]
     owns_trajectory = trajectory is None
     trajectory = trajectory or Trajectory(denoiser, scheduler_in_use)
-    agreement = Agreement(denoiser, trajectory, exchange, warm_up) if exchange else None
-    pipeline = None
+    pipeline, agreement = None, None
     if layout.pipeline_ranks > 1:
-        pipeline = StagePipeline(
-            denoiser, trajectory, Settings(layout, warm_up, time_shift, cut), exchange, coordinates
-        )
+        settings = Settings(layout, warm_up, time_shift, cut, refresh_every)
+        pipeline = StagePipeline(denoiser, trajectory, settings, exchange, coordinates)
+    if pipeline and exchange:
+        agreement = Agreement(denoiser, trajectory, exchange, lambda: pipeline.turns_asynchronous)
     return Parallel(pipeline, agreement, trajectory, owns_trajectory, layout)
 
 
-def check_settings(layout: Layout, warm_up: int, cut: Sequence[Sequence[str]] | None) -> None:
+def check_settings(
+    layout: Layout, warm_up: int | WarmUp, cut: Sequence[Sequence[str]] | None, refresh_every: int | None = None
+) -> None:
     """Checks what can be known of the settings before there is a denoiser.
 
     Raises:
         ValueError: A setting is out of range.
     """
-    if warm_up < 1:
+    if isinstance(warm_up, int) and warm_up < 1:
         raise ValueError(f"warm_up is {warm_up}; at least 1 exact step has to fill the stages' inputs.")
+    if refresh_every is not None and refresh_every < 2:
+        raise ValueError(
+            f"refresh_every is {refresh_every}; give 2 or more (2: each second step is exact), or null for none."
+        )
     if cut is not None and len(cut) != layout.stages:
         raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
 

@@ -150,6 +150,14 @@ class Exchange:
         dist.all_reduce(low, dist.ReduceOp.MIN, group=self.groups.pipeline)
         return high - low
 
+    def add_up(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks of the pipeline of each of some numbers, the same on all of them."""
+        total = numbers.clone()
+        text = f"rank {dist.get_rank()}, step {self._step}: the drift that all ranks of the pipeline measured"
+        work: Any = dist.all_reduce(total, group=self.groups.pipeline, async_op=True)
+        self._watched(work, text).wait()
+        return total
+
     def close(self) -> None:
         """Stops watching for lost messages."""
         if self._watch is not None:

@@ -14,6 +14,7 @@ from asyncdiff_pl.parallel.stages.absent import Absent
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.units import Output
 from asyncdiff_pl.parallel.stages.worker import Worker
+from asyncdiff_pl.parallel.warm_up import Drift, Span
 
 
 @dataclass
@@ -23,6 +24,10 @@ class Stream:
     signature: Any = None
     begins: int = 0
     """Step at which its warm-up began."""
+    span: Span = field(default_factory=lambda: Span(1, None))
+    """How long that warm-up may last."""
+    warm_up: int | None = None
+    """Its exact steps; None while their number is not known."""
     next_position: int | None = None
     """Step at which it must be called next for its stale values to be of the step before; None in a new sample."""
     program: Program | None = None
@@ -47,6 +52,8 @@ class StageCall:
         device: Where the denoiser computes.
         worker: The rank whose stage is computed; None computes everything, and keeps what the ranks will consume.
         sends: Whether boundary tensors travel.
+        drift: Takes the change of what the ranks will consume since the step before; None compares nothing.
+        first_rank: Number of the half's first rank within the pipeline.
     """
 
     stream: Stream
@@ -54,6 +61,8 @@ class StageCall:
     device: torch.device
     worker: Worker | None = None
     sends: bool = False
+    drift: Drift | None = None
+    first_rank: int = 0
     _calls: dict[str, int] = field(default_factory=dict)
 
     def run_piece(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,6 +113,8 @@ class StageCall:
                 self.stream.likes[value] = like(leaves[at])
                 for worker in self.stream.workers[self.half]:
                     if value in worker.consumed:
+                        if self.drift is not None:
+                            self.drift.compare(self.first_rank + worker.rank, worker.read(value), leaves[at])
                         worker.store(value, leaves[at])
             elif (
                 self.sends

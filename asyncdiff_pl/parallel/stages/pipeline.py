@@ -28,6 +28,7 @@ from asyncdiff_pl.parallel.stages.timestep import with_timestep
 from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
+from asyncdiff_pl.parallel.warm_up import Drift, Span, WarmUp, is_still, noise_levels, span_of
 
 HOOK = "asyncdiff_pl"
 """Name of our hooks in diffusers' registry."""
@@ -42,15 +43,17 @@ class Settings:
 
     Args:
         layout: Stages, stride and guidance axis.
-        warm_up: Exact steps at the start of each sample.
+        warm_up: Exact steps at the start of each sample, or until when steps are exact.
         time_shift: Whether asynchronous steps use the timestep of the step before.
         cut: For each stage the names of its modules; None finds a cut.
+        refresh_every: Each how many-th step after warm-up is exact again; None for none.
     """
 
     layout: Layout
-    warm_up: int = 3
+    warm_up: int | WarmUp = 3
     time_shift: bool = False
     cut: Sequence[Sequence[str]] | None = None
+    refresh_every: int | None = None
 
 
 class StagePipeline(TrajectoryListener):
@@ -84,6 +87,9 @@ class StagePipeline(TrajectoryListener):
         """Graph and cut in use; None before the first call."""
         self.asynchronous_steps = 0
         """Steps so far in which boundary tensors may have travelled."""
+        self.exact_steps = 0
+        """Steps of the sample in work, or of the last one, that were computed exactly."""
+        self._last_exact: int | None = None
         self._sent_before = 0
         self._programs: dict[Any, Program] = {}
         self._streams: dict[int, Stream] = {}
@@ -117,6 +123,11 @@ class StagePipeline(TrajectoryListener):
         copies = [1 + (layout.stride - 1) * (stage == boundary.output_stage) for stage in range(layout.stages)]
         return bytes_per_step(self.program.graph, boundary, copies)
 
+    @property
+    def turns_asynchronous(self) -> bool:
+        """Whether the step in work ends the warm-up of one of its denoiser calls, or is a refresh."""
+        return self._last_exact == self.trajectory.position
+
     def reset(self) -> None:
         """Forgets the sample in work, with all stale values."""
         self._sent_before = self.sent_bytes
@@ -143,6 +154,7 @@ class StagePipeline(TrajectoryListener):
 
     def on_sample_begin(self, trajectory: Trajectory) -> None:
         """Begins warm-up anew."""
+        self.exact_steps, self._last_exact = 0, None
         for stream in self._streams.values():
             stream.next_position = None
 
@@ -156,8 +168,7 @@ class StagePipeline(TrajectoryListener):
         num_steps = self.trajectory.num_steps - stream.begins
         plan = self._plan(stream, step, num_steps)
         if plan.is_exact:
-            last = step == self.settings.warm_up - 1
-            halves = [self._exact(stream, at, call, inputs[at], fill=last) for at in range(len(inputs))]
+            halves = self._exact(stream, plan, step, call, inputs)
             if self.exchange is not None and self.settings.layout.cfg == 2:
                 halves = self.exchange.gather_halves(halves[0])
         else:
@@ -173,27 +184,68 @@ class StagePipeline(TrajectoryListener):
 
     def _plan(self, stream: Stream, step: int, num_steps: int) -> StepPlan:
         settings, layout = self.settings, self.settings.layout
+        if step == 0:
+            stream.span = self._span()
+            stream.warm_up = stream.span.length
         return plan_step(
             step,
             num_steps,
             stages=layout.stages,
             stride=layout.stride,
-            warm_up=settings.warm_up,
+            warm_up=stream.warm_up,
+            refresh_every=settings.refresh_every,
             time_shift=settings.time_shift,
             output_stage=stream.program.boundary.output_stage if stream.program else None,
         )
 
+    def _span(self) -> Span:
+        """How long the warm-up that begins here may last."""
+        trajectory = self.trajectory
+        first = trajectory.first_index + trajectory.position
+        span = span_of(self.settings.warm_up, lambda: noise_levels(trajectory.scheduler)[first:])
+        # without stages there are no boundary tensors to drift
+        return Span(span.fewest, span.fewest) if self.settings.layout.stages == 1 else span
+
     def _exact(
-        self, stream: Stream, at: int, call: Callable[..., Any], inputs: Inputs, fill: bool
-    ) -> list[torch.Tensor]:
-        """Runs the whole denoiser on one half; the last time in warm-up, its boundary tensors are kept."""
-        if fill and stream.program is not None:
-            result = self._run_in(StageCall(stream, at, self._device), call, *inputs)
-        else:
-            result = call(*inputs[0], **inputs[1])
-        leaves, spec = tree_flatten(result)
-        stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self, stream: Stream, plan: StepPlan, step: int, call: Callable[..., Any], inputs: list[Inputs]
+    ) -> list[list[torch.Tensor]]:
+        """Runs the whole denoiser on each half; boundary tensors are kept for an asynchronous step that may follow."""
+        if self.trajectory.call == 0:
+            self.exact_steps += 1
+        if plan.fills:
+            for worker in [worker for half in stream.workers for worker in half]:
+                # a buffer that nobody read may still be received into
+                worker.settle()
+        # only steps of one warm-up are compared: what is there before it is another sample's
+        is_compared = plan.fills and stream.warm_up is None and step > 0
+        drift = Drift(self.settings.layout.pipeline_ranks, self._device) if is_compared else None
+        halves = []
+        for at, (args, kwargs) in enumerate(inputs):
+            if plan.fills:
+                first_rank = self.halves[at] * self.settings.layout.stage_ranks
+                stage_call = StageCall(stream, at, self._device, drift=drift, first_rank=first_rank)
+                result = self._run_in(stage_call, call, args, kwargs)
+            else:
+                result = call(*args, **kwargs)
+            leaves, spec = tree_flatten(result)
+            stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+            halves.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        self._end_warm_up(stream, step, drift)
+        if step + 1 == stream.warm_up or (plan.fills and stream.warm_up is not None):
+            self._last_exact = self.trajectory.position
+        return halves
+
+    def _end_warm_up(self, stream: Stream, step: int, drift: Drift | None) -> None:
+        """Decides, alike on all ranks, whether a warm-up whose end was not known is over with this step."""
+        if stream.warm_up is not None:
+            return
+        settings, still = self.settings.warm_up, False
+        assert isinstance(settings, WarmUp) and settings.until_drift is not None
+        if drift is not None:
+            sums = drift.sums() if self.exchange is None else self.exchange.add_up(drift.sums())
+            still = is_still(sums, settings.until_drift)
+        if stream.span.ends(step + 1, still):
+            stream.warm_up = step + 1
 
     def _asynchronous(
         self,
