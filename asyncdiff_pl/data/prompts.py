@@ -102,7 +102,9 @@ class PromptFile(SampleDataModule):
     Args:
         path: The file: `.txt` with a prompt a line (empty lines, and lines that begin with #, are skipped), `.csv`,
             `.tsv` or `.jsonl`. Or a folder of pictures with `metadata.jsonl`, or with NAME.txt beside each NAME.png.
-            `demo` means eight prompts that come with the package (write `./demo` for a file of that name).
+            Tables have a column `prompt`, and `id`, `caption`, `negative_prompt`, `seed`, `images` (how many), `image`,
+            `mask_image`, `control_image`, `ip_adapter_image` (files), or any argument of the pipeline's call. `demo`
+            means eight prompts that come with the package (write `./demo` for a file of that name).
         max_prompts: Takes the first so many prompts; null takes all.
         images_per_prompt: Number of pictures or videos of each prompt that does not say `images` itself.
         height: Height that pictures of the file are brought to, in pixels, a multiple of 8; null leaves them as they
