@@ -118,11 +118,14 @@ def settings_parser(place: str, kind: type) -> jsonargparse.ArgumentParser:
     """A parser of one class's settings alone."""
     parser = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     parser.add_class_arguments(kind, place)
-    names = [action.dest for action in parser._actions]
+    # what jsonargparse adds for a setting that may be a dataclass; the setting's own text explains that
+    names = [action.dest for action in parser._actions if not action.dest.endswith(".help")]
     for group in parser._action_groups:
         # a class as a whole, from a file of its own: nobody would look for it among its settings
         group._group_actions = [
-            action for action in group._group_actions if not any(name.startswith(f"{action.dest}.") for name in names)
+            action
+            for action in group._group_actions
+            if action.dest in names and not any(name.startswith(f"{action.dest}.") for name in names)
         ]
     return parser
 

@@ -8,10 +8,10 @@ KEY = re.compile(r'Parser key "([^"]+)":\s*')
 CLASS = re.compile(r"Problem with given class_path '[^']*':\s*")
 UNKNOWN = re.compile(r"(?:Option|does not accept option) '([^']+)'|unrecognized arguments: (\S+)")
 MISSING = re.compile(r"the following arguments are required: (.*)")
-EXPECTED = re.compile(r"^Expected an? (.+?)(?:\. Got value: (.*))?$")
+EXPECTED = re.compile(r"^Expected (?:an? )?(.+?)(?:\. Got value: (.*))?$")
 GIVEN = re.compile(r"^Given value: (.*)$", re.MULTILINE)
 SUBTYPES = re.compile(r"^Subtypes: \[(.*)\]$", re.MULTILINE)
-STRUCTURE = re.compile(r"^(Does not validate against|Subtypes:|Errors:|Given value)")
+STRUCTURE = re.compile(r"^(Does not validate against|Subtypes:|Errors:|Given value|Unexpected import path format)")
 
 
 def one_sentence(message: str, subcommand: str = "predict") -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
-from asyncdiff_pl.parallel import Layout, Parallel, parallelize
+from asyncdiff_pl.parallel import Layout, Parallel, WarmUp, parallelize
 from asyncdiff_pl.parallel.api import check_settings
+from asyncdiff_pl.parallel.warm_up import count_exact, span_of
 from asyncdiff_pl.strategies.base import GroupStrategy
+
+FEW_STEPS = 8
+"""Denoising steps that few-step models (Turbo, LCM, Lightning) take at most."""
 
 
 class AsyncDiffStrategy(GroupStrategy):
@@ -22,7 +27,12 @@ class AsyncDiffStrategy(GroupStrategy):
         stages: Number of stages that the denoiser is cut into, 1 to 8; 1 leaves it whole.
         stride: Steps that one round of the stages covers, 1 or 2; 2 is faster, needs one rank more, and uses inputs
             twice as old.
-        warm_up: Exact steps at the start of each sample, 1 or more; more are slower and nearer to one GPU's result.
+        warm_up: Exact steps at the start of each sample, 1 or more; more are slower and nearer to one GPU's result. In
+            place of a number, {until_noise: 0.8} takes as many as leave that share of noise (0 to 1) in the latents,
+            and {until_drift: 0.1} as many as it takes for boundary tensors to change by less than that share of their
+            norm from step to step; at_least and at_most bound either: {until_drift: 0.1, at_least: 2, at_most: 10}.
+        refresh_every: After warm-up each how many-th step is exact again, 2 or more, so that what the stages see does
+            not stray; null for none.
         time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         cut: For each stage the list of its module names in the denoiser (a name covers all below it); null finds a
@@ -35,7 +45,8 @@ class AsyncDiffStrategy(GroupStrategy):
         self,
         stages: int = 1,
         stride: int = 1,
-        warm_up: int = 3,
+        warm_up: int | WarmUp = 3,
+        refresh_every: int | None = None,
         time_shift: bool = False,
         cfg: int = 1,
         cut: list[list[str]] | None = None,
@@ -43,11 +54,12 @@ class AsyncDiffStrategy(GroupStrategy):
         timeout: float = 600.0,
     ) -> None:
         layout = Layout(stages, stride, cfg)
-        check_settings(layout, warm_up, cut)
+        check_settings(layout, warm_up, cut, refresh_every)
         super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout)
         self.stages = stages
         self.stride = stride
         self.warm_up = warm_up
+        self.refresh_every = refresh_every
         self.time_shift = time_shift
         self.cfg = cfg
         self.cut = cut
@@ -68,13 +80,35 @@ class AsyncDiffStrategy(GroupStrategy):
 
     @override
     def advice(self, module: pl.LightningModule) -> str | None:
-        few = [steps for steps in getattr(module, "num_inference_steps", []) if steps <= self.warm_up]
-        if not few or self.stages == 1:
+        if self.stages == 1:
             return None
+        fewest = span_of(self.warm_up, None).fewest
+        counts = getattr(module, "num_inference_steps", [])
+        none_left = [steps for steps in counts if steps <= fewest]
+        if none_left:
+            return (
+                f"With {_either(none_left)} denoising steps, warm_up {self.warm_up} leaves none for {self.stages} "
+                f"stages to gain time in: take a smaller warm_up, or {self._instead(module)}."
+            )
+        few = [steps for steps in counts if steps <= FEW_STEPS]
+        if not few:
+            return None
+        left = [steps - count_exact(fewest, self.refresh_every, steps) for steps in few]
+        # a stage takes one of `stages` parts of the time, and with stride 2 serves two steps
+        gains = [n / (n - fast + fast / (self.stages * self.stride)) for n, fast in zip(few, left, strict=True)]
         return (
-            f"With {' or '.join(map(str, few))} denoising steps, warm_up {self.warm_up} leaves none for {self.stages} "
-            "stages to gain time in: take a smaller warm_up, or cfg 2 in place of stages."
+            f"With {_either(few)} denoising steps, warm_up {self.warm_up} leaves at most {_either(left)} for "
+            f"{self.stages} stages to gain time in, a speed-up of {_either([f'{gain:.2g}' for gain in gains])} at "
+            "best, and in so few steps what the stages see is old and shows in the pictures: consider "
+            f"{self._instead(module)}."
         )
+
+    def _instead(self, module: pl.LightningModule) -> str:
+        """What to do in place of stages where there are few steps."""
+        is_guided = getattr(module, "is_guided", None)
+        if is_guided is False:
+            return "a sample for each rank (stages 1) in place of stages"
+        return "cfg 2 in place of stages, which is exact" + ("" if is_guided else ", if there is guidance")
 
     @override
     def install(self, module: pl.LightningModule) -> Parallel:
@@ -83,6 +117,7 @@ class AsyncDiffStrategy(GroupStrategy):
             stages=self.stages,
             stride=self.stride,
             warm_up=self.warm_up,
+            refresh_every=self.refresh_every,
             time_shift=self.time_shift,
             cfg=self.cfg,
             cut=self.cut,
@@ -98,12 +133,17 @@ class AsyncDiffStrategy(GroupStrategy):
             "strategy": "asyncdiff",
             "stages": self.stages,
             "stride": self.stride,
-            "warm_up": self.warm_up,
+            "warm_up": self.warm_up if isinstance(self.warm_up, int) else str(self.warm_up),
+            "refresh_every": self.refresh_every,
             "time_shift": self.time_shift,
             "cfg": self.cfg,
             "simulate": self.simulate,
             "cut": self._handle.cut_hash if self._handle and self._handle.cut else None,
         }
+
+
+def _either(values: Sequence[Any]) -> str:
+    return " or ".join(map(str, values))
 
 
 StrategyRegistry.register("asyncdiff", AsyncDiffStrategy, description="AsyncDiff's stages, 2 of them", stages=2)

@@ -42,6 +42,7 @@ SURFACE = {
         "stages": 1,
         "stride": 1,
         "warm_up": 3,
+        "refresh_every": None,
         "time_shift": False,
         "cfg": 1,
         "cut": None,

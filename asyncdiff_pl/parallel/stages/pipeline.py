@@ -217,7 +217,7 @@ class StagePipeline(TrajectoryListener):
                 # a buffer that nobody read may still be received into
                 worker.settle()
         # only steps of one warm-up are compared: what is there before it is another sample's
-        is_compared = plan.fills and stream.warm_up is None and step > 0
+        is_compared = plan.fills and stream.warm_up is None and step > 0 and step + 1 >= stream.span.fewest
         drift = Drift(self.settings.layout.pipeline_ranks, self._device) if is_compared else None
         halves = []
         for at, (args, kwargs) in enumerate(inputs):
