@@ -5,7 +5,9 @@ from asyncdiff_pl.callbacks.clip_score import CLIPScore
 from asyncdiff_pl.callbacks.device_stats import DeviceStats
 from asyncdiff_pl.callbacks.export import ExportWeights
 from asyncdiff_pl.callbacks.frame_writer import FrameWriter
+from asyncdiff_pl.callbacks.frechet_distance import FrechetDistance
 from asyncdiff_pl.callbacks.progress import DiffusionProgressBar
+from asyncdiff_pl.callbacks.reference_metrics import ReferenceMetrics
 from asyncdiff_pl.callbacks.results import Results
 from asyncdiff_pl.callbacks.step_latency import StepLatency
 from asyncdiff_pl.callbacks.traffic import Traffic
@@ -18,6 +20,8 @@ __all__ = [
     "DiffusionProgressBar",
     "ExportWeights",
     "FrameWriter",
+    "FrechetDistance",
+    "ReferenceMetrics",
     "Results",
     "StepLatency",
     "Traffic",

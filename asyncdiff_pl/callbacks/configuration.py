@@ -31,7 +31,7 @@ def configuration(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any
     """What describes a run in results.csv.
 
     The strategy says of itself what its `describe()` gives, or its class's name; the scorer is the name that a callback
-    has as `scorer`.
+    has as `scorer`; what callbacks have as `described` (the reference that they compare with) comes last.
 
     Returns:
         A value for each of `COLUMNS`, None where it does not apply or is not known yet, and the rest of `describe()`.
@@ -54,7 +54,8 @@ def configuration(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    return {**dict.fromkeys(COLUMNS), **found, **strategy}
+    described = {k: v for callback in trainer.callbacks for k, v in getattr(callback, "described", {}).items()}
+    return {**dict.fromkeys(COLUMNS), **found, **strategy, **described}
 
 
 def settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from asyncdiff_pl.callbacks.roles import (
     is_leader,
     log_folder,
     run_metrics,
+    step_metrics,
     tensorboard,
     write_atomically,
 )
@@ -40,6 +41,12 @@ log = logging.getLogger(__name__)
 
 RUN_METRICS = ("peak_memory_gib", "mib_per_step")
 
+REFERENCE = {"avg_psnr_db": "PSNR dB", "avg_ssim": "SSIM", "avg_lpips": "LPIPS"}
+"""Averages that the terminal's table shows where they are, and their titles."""
+
+DISTANCES = ("fid", "frechet_distance")
+"""What the names of distances from real pictures start with; the terminal's table shows them as well."""
+
 
 class Results(Callback):
     """Writes `samples.csv` and `results.csv`, and lets a run that was stopped go on where it was.
@@ -49,7 +56,8 @@ class Results(Callback):
     other settings than `settings.json` there, it is an error. `results.csv` is about all samples of the folder: one row
     for each step count, times over timed samples only, standard deviations of the population.
 
-    The columns `peak_memory_gib` and `mib_per_step` are those of the latest run that made samples of the step count.
+    The columns `peak_memory_gib` and `mib_per_step`, and those that callbacks measured of all samples of a step count
+    together, are those of the latest run that made samples of the step count.
     """
 
     def __init__(self) -> None:
@@ -152,7 +160,7 @@ class Results(Callback):
         write_table(self.folder / "results.csv", results, list(columns))
         writer = tensorboard(trainer)
         for row in results:
-            for name in ("avg_score", "avg_time", "avg_step_latency_ms"):
+            for name in (column for column in row if column.startswith("avg_")):
                 if writer is not None and row[name]:
                     writer.add_scalar(f"results/{name}", float(row[name]), int(row["steps"]))
             if row["timed_samples"] == "0":
@@ -167,7 +175,6 @@ class Results(Callback):
 
     def _results(self, trainer: Trainer, pl_module: LightningModule, rows: Sequence[Row], made: set[int]) -> list[Row]:
         before = {int(row["steps"]): row for row in read_table(self.folder / "results.csv")}
-        measured = run_metrics(trainer)
         described = {name: cell(value) for name, value in configuration(trainer, pl_module).items()}
         if not described["cut"] and (self.folder / "cut.json").exists():
             # all was done before: this process never cut anything
@@ -175,21 +182,25 @@ class Results(Callback):
         results = []
         for steps, averages in summarise(rows).items():
             kept = before.get(steps, {}) if steps not in made else {}
+            measured = run_metrics(trainer) | step_metrics(trainer).get(steps, {})
             run = {name: kept.get(name) or cell(measured.get(name)) for name in (*RUN_METRICS, *measured)}
-            results.append({**averages, **run, **{name: described[name] for name in COLUMNS}, **described})
+            results.append({**kept, **averages, **run, **{name: described[name] for name in COLUMNS}, **described})
         return results
 
 
 def report(results: Sequence[Row]) -> str:
-    """A small table for the terminal: steps, score, seconds and step latency."""
-    lines = [("steps", "samples", "score", "seconds", "ms a step")]
+    """A small table for the terminal: steps, score, seconds, step latency, and how near the reference's frames are."""
+    extra = {name: title for name, title in REFERENCE.items() if any(row.get(name) for row in results)}
+    extra |= {name: name for row in results for name in row if name.startswith(DISTANCES) and row[name]}
+    lines = [("steps", "samples", "score", "seconds", "ms a step", *extra.values())]
     for row in results:
         score, seconds = (
             f"{float(row[f'avg_{name}']):.4g} ± {float(row[f'std_{name}']):.2g}" if row[f"avg_{name}"] else "-"
             for name in ("score", "time")
         )
         latency = f"{float(row['avg_step_latency_ms']):.4g}" if row["avg_step_latency_ms"] else "-"
-        lines.append((row["steps"], row["samples"], score, seconds, latency))
+        others = (f"{float(row[name]):.4g}" if row.get(name) else "-" for name in extra)
+        lines.append((row["steps"], row["samples"], score, seconds, latency, *others))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
     if results and results[0]["scorer"]:

@@ -68,6 +68,15 @@ def run_metrics(trainer: Trainer) -> dict[str, float]:
     return {k: v for callback in trainer.callbacks for k, v in getattr(callback, "run_metrics", {}).items()}
 
 
+def step_metrics(trainer: Trainer) -> dict[int, dict[str, float]]:
+    """What callbacks measured of all samples of a step count: their `step_metrics` put together, as columns as well."""
+    found: dict[int, dict[str, float]] = {}
+    for callback in trainer.callbacks:
+        for steps, columns in getattr(callback, "step_metrics", {}).items():
+            found[steps] = found.get(steps, {}) | columns
+    return found
+
+
 class SampleCount:
     """Numbers the samples of each step count: the x-axis of what is logged once a sample.
 

@@ -153,11 +153,14 @@ def summarise(rows: Sequence[Row]) -> dict[int, Row]:
         rows: Rows of samples.
 
     Returns:
-        For each step count, in order: steps, avg_score, std_score, avg_time, std_time, samples, timed_samples and
-        avg_step_latency_ms. A standard deviation is that of the population (divided by the number of samples, numpy's
-        default). Times, in s and ms, are over timed samples only; without any they are empty, as scores are without a
-        scorer.
+        For each step count, in order: steps, avg_score, std_score, avg_time, std_time, samples, timed_samples,
+        avg_step_latency_ms, and avg_ and std_ of every other column of numbers. A standard deviation is that of the
+        population (divided by the number of samples, numpy's default). Times, in s and ms, are over timed samples only;
+        without any they are empty, as scores are without a scorer. Values that are infinite, as the PSNR of equal
+        pictures is, are left out unless all are.
     """
+    others = [name for name in columns_of(rows) if name not in (*FIRST_COLUMNS, *LAST_COLUMNS)]
+    numbers = [name for name in others if all(_is_number(row[name]) for row in rows if row.get(name))]
     summary = {}
     for steps in sorted({int(row["steps"]) for row in rows}):
         chosen = [row for row in rows if int(row["steps"]) == steps]
@@ -174,9 +177,23 @@ def summarise(rows: Sequence[Row]) -> dict[int, Row]:
             "timed_samples": str(len(timed)),
             "avg_step_latency_ms": _moments(timed, "step_latency_ms")[0],
         }
+        for name in numbers:
+            summary[steps][f"avg_{name}"], summary[steps][f"std_{name}"] = _moments(chosen, name)
     return summary
 
 
 def _moments(rows: Sequence[Row], column: str) -> tuple[str, str]:
+    """Mean and standard deviation of a column, empty where there is nothing to tell."""
     values = [float(row[column]) for row in rows if row.get(column)]
-    return (cell(float(np.mean(values))), cell(float(np.std(values)))) if values else ("", "")
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite:
+        return (cell(values[0]) if values else "", "")
+    return cell(float(np.mean(finite))), cell(float(np.std(finite)))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -25,6 +25,8 @@ from asyncdiff_pl.report.dry_run import describe_run
 
 CALLBACKS = {
     "clip_score": callbacks.CLIPScore,
+    "reference_metrics": callbacks.ReferenceMetrics,
+    "frechet_distance": callbacks.FrechetDistance,
     "step_latency": callbacks.StepLatency,
     "device_stats": callbacks.DeviceStats,
     "traffic": callbacks.Traffic,
