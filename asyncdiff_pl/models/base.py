@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
+import inspect
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +63,56 @@ def sample_seed(seed: int, sample_id: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class _SeededStep:
+    """A scheduler's `step` that draws each sample's noise from its own generator."""
+
+    def __init__(self, step: Callable[..., Any], generators: Sequence[torch.Generator]) -> None:
+        self._step = step
+        self._generators = generators
+        self._signature = inspect.signature(step)
+        # pipelines look at the arguments that a scheduler's step takes
+        functools.update_wrapper(self, step, updated=())  # not its attributes: `_step` would be overwritten
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(*args, **kwargs).arguments
+        if bound.get("generator") is None and "sample" in bound:
+            # DiT steps both halves of the guidance batch
+            repeated = [*self._generators] * (bound["sample"].shape[0] // len(self._generators))
+            kwargs["generator"] = repeated if len(repeated) > 1 else repeated[0]
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # the copy of a scheduler steps itself
+        return copy.deepcopy(self._step, memo)
+
+
+@contextmanager
+def noise_from(scheduler: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Lets a stochastic scheduler draw each sample's noise from its own generator.
+
+    Some pipelines (SVD's, DiT's) hand their scheduler none: it would draw from the global state, the same for a whole
+    batch, so that a picture would depend on those beside it.
+
+    Args:
+        scheduler: Its `step` is another one within the context.
+        generators: One a sample.
+    """
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        yield
+        return
+    own = vars(scheduler).get("step")
+    scheduler.step = seeded = _SeededStep(scheduler.step, generators)
+    try:
+        yield
+    finally:
+        # unless somebody wrapped it meanwhile
+        if vars(scheduler).get("step") is seeded:
+            if own is None:
+                del scheduler.step
+            else:
+                scheduler.step = own
+
+
 class DiffusionPredictor(LightningModule):
     """Runs a diffusers pipeline on each sample; a subclass says how to call it.
 
@@ -101,6 +155,8 @@ class DiffusionPredictor(LightningModule):
         self.torch_dtype = DTYPES[dtype]
         self.weights = weights
         self.variant = variant
+        self.components: dict[str, Any] = {}
+        """Parts that a subclass loads from elsewhere, by name."""
         self._pipeline: DiffusionPipeline | None = None
         self._trajectory: Trajectory | None = None
         self.is_warm = False
@@ -123,10 +179,30 @@ class DiffusionPredictor(LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must say in `generate` how its pipeline is called.")
 
+    def group(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The samples of a batch, in the groups that one call of the pipeline each can make."""
+        return [list(samples)]
+
+    def load(self) -> DiffusionPipeline:
+        """Loads or builds the pipeline, on the CPU."""
+        return load_pipeline(self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant)
+
     @property
     def frames_per_sample(self) -> int:
         """Pictures that each sample yields, to foresee the disk space."""
         return 1
+
+    def picture_size(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        """Size of what is generated, as far as it is known before anything is loaded.
+
+        Args:
+            height: Height of the data's pictures, in pixels; None where it is not known.
+            width: Width of the data's pictures, in pixels; None where it is not known.
+
+        Returns:
+            Height and width, in pixels.
+        """
+        return height, width
 
     @property
     def size_multiple(self) -> int | None:
@@ -142,8 +218,8 @@ class DiffusionPredictor(LightningModule):
         """A denoiser on the meta device and the arguments of one call, to foresee a run's time.
 
         Args:
-            height: Height of the pictures, in pixels.
-            width: Width of the pictures, in pixels.
+            height: Height of what is generated, in pixels.
+            width: Width of what is generated, in pixels.
 
         Returns:
             The denoiser without weights, positional and keyword arguments; None if the module cannot tell.
@@ -158,7 +234,7 @@ class DiffusionPredictor(LightningModule):
         Raises:
             ValueError: In one sentence, with the value and the remedy.
         """
-        check_pretrained(self.pipeline_class, self.pretrained, self.weights)
+        check_pretrained(self.pipeline_class, self.pretrained, self.weights, self.components)
         if self.scheduler_name is not None:
             find_scheduler(self.scheduler_name)
 
@@ -189,7 +265,7 @@ class DiffusionPredictor(LightningModule):
     @override
     def prepare_data(self) -> None:
         """Downloads the checkpoint on one rank of each node, while the others wait."""
-        prepare_download(self.pipeline_class, self.pretrained, self.weights, self.variant)
+        prepare_download(self.pipeline_class, self.pretrained, self.weights, self.variant, self.components)
 
     @override
     def configure_model(self) -> None:
@@ -198,7 +274,7 @@ class DiffusionPredictor(LightningModule):
             return
         # Lightning would make every new tensor on the GPU: random weights must not depend on the device
         with torch.device("cpu"):
-            pipeline = load_pipeline(self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant)
+            pipeline = self.load()
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = build_scheduler(self.scheduler_name, pipeline.scheduler)
         for name, part in pipeline.components.items():
@@ -211,11 +287,13 @@ class DiffusionPredictor(LightningModule):
 
     @override
     def predict_step(self, batch: Sequence[Sample], batch_idx: int = 0) -> list[Prediction]:
-        """Generates each sample of the batch, those of one step count in one call."""
+        """Generates each sample of the batch, those of one step count in one call if the pipeline can."""
         predictions: list[Prediction] = []
-        for steps, group in itertools.groupby(batch, key=self._steps_of):
-            predictions += self._run(list(group), steps)
-        return predictions
+        for steps, samples in itertools.groupby(batch, key=self._steps_of):
+            for group in self.group(list(samples)):
+                predictions += self._run(group, steps)
+        order = {id(sample): place for place, sample in enumerate(batch)}
+        return sorted(predictions, key=lambda prediction: order[id(prediction.sample)])
 
     def _steps_of(self, sample: Sample) -> int:
         if sample.steps is not None:
@@ -229,12 +307,12 @@ class DiffusionPredictor(LightningModule):
 
     def _run(self, samples: list[Sample], steps: int) -> list[Prediction]:
         # the noise is drawn on the CPU, so that a picture does not depend on the kind of device
-        seeds = [sample_seed(self.seed, sample.id) for sample in samples]
+        seeds = [sample_seed(self.seed, s.id) if s.seed is None else s.seed for s in samples]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         started = self._now()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            # pipelines such as SVD's hand no generator to their scheduler: a stochastic one draws from the global state
+        with torch.random.fork_rng(devices), noise_from(self.pipeline.scheduler, generators):
+            # for what else a pipeline draws
             torch.manual_seed(seeds[0])
             frames = self.generate(samples, steps, generators)
         seconds = (self._now() - started) / len(samples)

@@ -1,0 +1,351 @@
+"""Any diffusers pipeline that is called with prompts, pictures or class labels: settings say which, and how."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from typing_extensions import override
+
+from asyncdiff_pl.data.sample import Sample
+from asyncdiff_pl.models.adapters import IPAdapter, Lora, check_adapters, load_adapters, prepare_adapters
+from asyncdiff_pl.models.base import DiffusionPredictor
+from asyncdiff_pl.models.call import CallTemplate
+from asyncdiff_pl.models.components import check_components, load_components
+from asyncdiff_pl.models.example_calls import (
+    embeds_guidance,
+    example_call,
+    latent_size,
+    pixels_per_latent,
+    size_multiple,
+)
+from asyncdiff_pl.models.loading import (
+    WeightsSource,
+    check_pretrained,
+    find_folder,
+    find_pipeline,
+    init_parameters,
+    load_pipeline,
+    quiet_libraries,
+    read_component_config,
+    read_index,
+)
+from asyncdiff_pl.models.random_weights import component_class
+
+
+class PipelinePredictor(DiffusionPredictor):
+    """Runs any diffusers pipeline on each sample's prompt, pictures or class: text to image, inpainting, ControlNet.
+
+    What the pipeline takes is filled in from the sample: its prompt, `image`, `mask_image`, `control_image`,
+    `class_label` and, with an IP-Adapter, `ip_adapter_image`; further values of a sample (`negative_prompt`,
+    `guidance_scale`, ...) are arguments of the call for that sample alone. A setting that is null is left to the
+    pipeline's own default.
+
+    Args:
+        pretrained: Checkpoint: a hub name, a local folder, or `tiny-sd` or `tiny-dit`, which ship with the package.
+        pipeline: Class of diffusers (`StableDiffusionXLControlNetPipeline`), or with its module
+            (`my_package.MyPipeline`); null takes the checkpoint's own.
+        num_inference_steps: Number of denoising steps; a list runs every sample with each of them.
+        guidance_scale: Weight of the prompt; for most pipelines, at 1 or below nothing is guided and each step costs
+            half.
+        negative_prompt: What the pictures should not show.
+        height: Height of the results, in pixels; null takes that of the sample's picture, if the pipeline takes one.
+        width: Width of the results, in pixels; null takes that of the sample's picture, if the pipeline takes one.
+        num_frames: Number of frames, for pipelines that make videos.
+        fps: Frames per second that a video is shown at.
+        strength: How much of the sample's picture is redrawn, from 0 to 1; 1 takes all steps, less takes fewer.
+        call: Further arguments of the pipeline's call, `{eta: 0.5}` say. In a text, `{prompt}` and the names of a
+            sample's other values stand for these; a text that is `{image}` alone is the sample's picture, also in lists
+            and in place of what is filled in otherwise; null leaves an argument out.
+        components: Parts loaded from elsewhere, each from a folder with a config.json or a hub name: `{controlnet: A}`,
+            `{controlnet: [A, B]}`, `{motion_adapter: A}`, `{vae: A}`; null leaves a part out, `{text_encoder_3: null}`.
+        lora: LoRAs, which are merged into the weights: `[{path: FILE, weight: 0.8}]`.
+        ip_adapter: An IP-Adapter: `{path: FOLDER, subfolder: models, weight_name: ip-adapter_sd15.safetensors}`.
+        vae_tiling: Whether large pictures are decoded in tiles, which takes less memory and may show seams.
+        vae_slicing: Whether the pictures of a batch are decoded one by one, which takes less memory.
+        offload: Only `none`: moving the networks between CPU and GPU around each call would move those that the stages
+            are installed on. With too little memory take float16, vae_tiling, vae_slicing or a smaller batch.
+        scheduler: The checkpoint's own if null, else a name (`euler_discrete`, `ddim`, `lcm`, ...) or a class
+            (`diffusers.DPMSolverMultistepScheduler`); it is built from the checkpoint's own scheduler config.
+        seed: Seed of the run; each sample's noise follows from it and from the sample's id, or from the sample's seed.
+        dtype: Number format of weights and activations.
+        weights: `pretrained` loads the checkpoint's weights; `random` builds the same network without them, for
+            latency alone: its pictures mean nothing, and the results say so.
+        variant: Variant of the checkpoint's weight files, `fp16` say; null takes the plain files.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        pipeline: str | None = None,
+        num_inference_steps: int | list[int] = 50,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: int = 8,
+        strength: float | None = None,
+        call: dict[str, Any] | None = None,
+        components: dict[str, str | list[str] | None] | None = None,
+        lora: list[Lora] | None = None,
+        ip_adapter: IPAdapter | None = None,
+        vae_tiling: bool = False,
+        vae_slicing: bool = False,
+        offload: Literal["none", "model", "sequential"] = "none",
+        scheduler: str | None = None,
+        seed: int = 0,
+        dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        weights: WeightsSource = "pretrained",
+        variant: str | None = None,
+    ) -> None:
+        super().__init__(pretrained, num_inference_steps, scheduler, seed, dtype, weights, variant)
+        for name, value in (("height", height), ("width", width), ("num_frames", num_frames), ("fps", fps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more.")
+        if strength is not None and not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}; give a number above 0, up to 1.")
+        if offload != "none":
+            raise ValueError(
+                f"offload is {offload}, which would move the networks that the stages are installed on; leave it none, "
+                "and take float16, vae_tiling, vae_slicing or a smaller batch to save memory."
+            )
+        self.pipeline_name = pipeline
+        if pipeline is not None:
+            self.pipeline_class = find_pipeline(pipeline)
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.height = height
+        self.width = width
+        self.num_frames = num_frames
+        self.fps = fps
+        self.strength = strength
+        self.call = dict(call or {})
+        self.components = dict(components or {})
+        self.vae_tiling = vae_tiling
+        self.vae_slicing = vae_slicing
+        self._loras = list(lora or [])
+        self._ip_adapter = ip_adapter
+        # as plain values: they belong to the settings that a run which goes on must share
+        self.lora = [asdict(entry) for entry in self._loras]
+        self.ip_adapter = asdict(ip_adapter) if ip_adapter else None
+        settings = {
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "strength": strength,
+        }
+        set_twice = sorted(name for name, value in settings.items() if value is not None and name in self.call)
+        if set_twice:
+            raise ValueError(f"{set_twice[0]} is set twice, as a setting of its own and in `call`; set it once.")
+        self._given = {name: value for name, value in settings.items() if value is not None} | self.call
+
+    # -- what is known before anything is loaded ----------------------------------------------------------------
+
+    @functools.cached_property
+    def _known_class(self) -> type[DiffusionPipeline] | None:
+        """The pipeline's class; None for a hub checkpoint that is not known and says it itself."""
+        if self.pipeline_class is not DiffusionPipeline:
+            return self.pipeline_class
+        index = read_index(self.pretrained)
+        return None if index is None else component_class("diffusers", index["_class_name"])
+
+    def _template_of(self, pipeline_class: type[DiffusionPipeline]) -> CallTemplate:
+        control = self.components.get("controlnet")
+        number = len(control) if isinstance(control, list) else 1
+        return CallTemplate(pipeline_class, self._given, number, self._ip_adapter is not None)
+
+    @functools.cached_property
+    def _template(self) -> CallTemplate | None:
+        return None if self._known_class is None else self._template_of(self._known_class)
+
+    @functools.cached_property
+    def _denoiser_config(self) -> tuple[str, dict[str, Any]] | None:
+        """Class name and configuration of the denoiser."""
+        index = read_index(self.pretrained)
+        for name in ("unet", "transformer") if index is not None else ():
+            if (index.get(name) or [None])[0] is not None and name not in self.components:
+                config = read_component_config(self.pretrained, name)
+                return None if config is None else (index[name][1], config)
+        return None
+
+    @functools.cached_property
+    def _vae_config(self) -> dict[str, Any] | None:
+        index = read_index(self.pretrained)
+        return read_component_config(self.pretrained, "vae") if index is not None and "vae" in index else None
+
+    @property
+    @override
+    def frames_per_sample(self) -> int:
+        return (self._template.value("num_frames") if self._template else self.num_frames) or 1
+
+    @property
+    @override
+    def size_multiple(self) -> int | None:
+        if self._denoiser_config is None or self._vae_config is None:
+            return None
+        return size_multiple(*self._denoiser_config, self._vae_config)
+
+    @override
+    def picture_size(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        if self.height is not None and self.width is not None:
+            return self.height, self.width
+        factor, default = 1, None
+        if self._denoiser_config is not None and self._vae_config is not None:
+            scale = pixels_per_latent(self._vae_config)
+            # an upscaler's latents are as large as the picture that it starts from
+            factor = scale if "low_res_scheduler" in (read_index(self.pretrained) or {}) else 1
+            size = latent_size(*self._denoiser_config)
+            default = None if size is None else size * scale
+        if self._template is not None and not self._template.takes_pictures:
+            height, width, factor = default, default, 1
+        sizes = (None if pixels is None else pixels * factor for pixels in (height, width))
+        return tuple(own or pixels for own, pixels in zip((self.height, self.width), sizes, strict=True))
+
+    @property
+    @override
+    def is_guided(self) -> bool | None:
+        if self._template is None:
+            return None
+        if "true_cfg_scale" in self._template.defaults:
+            # the prompt and the negative prompt go through the denoiser in calls of their own
+            return False
+        if self._denoiser_config is not None and embeds_guidance(*self._denoiser_config):
+            return False
+        scale = self._template.value("guidance_scale")
+        return scale > 1 if isinstance(scale, (int, float)) else None
+
+    @override
+    def example_call(self, height: int, width: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+        if self._denoiser_config is None or self._vae_config is None or self.is_guided is None:
+            return None
+        if self._known_class is None or "motion_adapter" in init_parameters(self._known_class):
+            return None
+        scale = pixels_per_latent(self._vae_config)
+        batch = 2 if self.is_guided else 1
+        return example_call(*self._denoiser_config, batch, height // scale, width // scale, self.torch_dtype)
+
+    @override
+    def check(self) -> None:
+        if self.components.keys() & {"unet", "transformer"}:
+            raise ValueError(
+                "components names the denoiser itself, which the checkpoint gives; put it into a folder with the "
+                "checkpoint's other parts, and give that as `pretrained`."
+            )
+        super().check()
+        kind = self._known_class
+        if kind is not None and not {"unet", "transformer"} & set(init_parameters(kind)):
+            raise ValueError(f"{kind.__name__} has neither a unet nor a transformer to run; take another pipeline.")
+        check_components(kind, self.components, self.weights)
+        check_adapters(kind, self._loras, self._ip_adapter)
+        if kind is not None:
+            check_pretrained(kind, self.pretrained, self.weights, self.components)
+        if self._template is not None:
+            self._template.check()
+        multiple = self.size_multiple
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if multiple and pixels and pixels % multiple:
+                raise ValueError(f"{name} is {pixels} pixels; {self.pretrained} takes multiples of {multiple}.")
+
+    def check_inputs(self, names: Collection[str]) -> None:
+        """Tells early that samples have values that the pipeline does not take.
+
+        Args:
+            names: Names in the samples' `inputs`.
+
+        Raises:
+            ValueError: In one sentence.
+        """
+        if self._template is not None:
+            self._template.check_inputs(names)
+
+    # -- the pipeline -------------------------------------------------------------------------------------------
+
+    @override
+    def prepare_data(self) -> None:
+        """Downloads the checkpoint and what comes with it on one rank of each node, while the others wait."""
+        super().prepare_data()
+        if any(find_folder(place, ()) is None for place in self._hub_places()):
+            load_components(self.components, self.weights, self.torch_dtype, self.variant)
+        prepare_adapters(self._loras, self._ip_adapter)
+
+    def _hub_places(self) -> list[str]:
+        if self.weights == "random":
+            return []
+        several = [[place] if isinstance(place, str) else place or [] for place in self.components.values()]
+        return [place for places in several for place in places]
+
+    @override
+    def load(self) -> DiffusionPipeline:
+        parts = load_components(self.components, self.weights, self.torch_dtype, self.variant)
+        pipeline = load_pipeline(
+            self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant, parts
+        )
+        # of a hub checkpoint it is known only now
+        self._known_class = type(pipeline)
+        self._template = self._template_of(type(pipeline))
+        self._template.check()
+        check_adapters(type(pipeline), self._loras, self._ip_adapter)
+        load_adapters(pipeline, self._loras, self._ip_adapter)
+        for wanted, method in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):
+            if wanted:
+                vae = getattr(pipeline, "vae", None)
+                if not hasattr(vae, method):
+                    name = f"vae_{method.removeprefix('enable_')}"
+                    raise ValueError(f"{name} is on, but {type(vae).__name__} knows no {name}; leave it off.")
+                getattr(vae, method)()
+        return pipeline
+
+    # -- a batch ------------------------------------------------------------------------------------------------
+
+    @property
+    def _loaded_template(self) -> CallTemplate:
+        assert self._template is not None
+        return self._template
+
+    @override
+    def group(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        return self._loaded_template.group(samples)
+
+    @override
+    def generate(
+        self, samples: Sequence[Sample], num_inference_steps: int, generators: list[torch.Generator]
+    ) -> list[list[Image.Image]]:
+        arguments = self._loaded_template.join(samples)
+        if "class_labels" in arguments:
+            arguments["class_labels"] = [self._class_number(label) for label in arguments["class_labels"]]
+        # decoders and schedulers tell of what nobody can change
+        with quiet_libraries():
+            output = self.pipeline(
+                **arguments,
+                num_inference_steps=num_inference_steps,
+                generator=generators if len(generators) > 1 else generators[0],
+                output_type="pil",
+            )
+        if hasattr(output, "frames"):
+            return [list(video) for video in output.frames]
+        if hasattr(output, "images"):
+            return [[picture] for picture in output.images]
+        raise ValueError(f"{type(self.pipeline).__name__} makes neither pictures nor videos; take another pipeline.")
+
+    def _class_number(self, label: int | str) -> int:
+        if isinstance(label, int) or label.isdecimal():
+            number, classes = int(label), self.denoiser.config.get("num_embeds_ada_norm")
+            if classes is not None and not 0 <= number < classes:
+                raise ValueError(
+                    f"The class {label} is none of {self.pretrained}'s; give a number from 0 to {classes - 1}."
+                )
+            return number
+        labels = getattr(self.pipeline, "labels", {})
+        if label not in labels:
+            known = f"one of its {len(labels)} names, {', '.join(list(labels)[:3])} say, or " if labels else ""
+            raise ValueError(f"{self.pretrained} knows no class {label}; give {known}a number.")
+        return labels[label]
