@@ -93,14 +93,17 @@ def span_of(warm_up: int | WarmUp, levels: Callable[[], Sequence[float]] | None)
     """
     if isinstance(warm_up, int):
         return Span(warm_up, warm_up)
-    fewest = warm_up.at_least
+    fewest, most = warm_up.at_least, warm_up.at_most
+    if warm_up.until_drift is not None and most != 1:
+        # one step alone has nothing to be compared with
+        fewest = max(fewest, 2)
     if warm_up.until_noise is not None:
         if levels is None:
-            return Span(fewest, warm_up.at_most)
+            return Span(fewest, most)
         shares = levels()
         needed = next((step for step, share in enumerate(shares) if share <= warm_up.until_noise), len(shares))
-        fewest = max(fewest, needed if warm_up.at_most is None else min(needed, warm_up.at_most))
-    return Span(fewest, fewest if warm_up.until_drift is None else warm_up.at_most)
+        fewest = max(fewest, needed if most is None else min(needed, most))
+    return Span(fewest, fewest if warm_up.until_drift is None else most)
 
 
 def count_exact(warm_up: int, refresh_every: int | None, num_steps: int) -> int:

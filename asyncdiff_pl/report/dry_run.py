@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ from torch import nn
 
 from asyncdiff_pl.callbacks import FrameWriter
 from asyncdiff_pl.callbacks.sample_table import key_of, read_table
+from asyncdiff_pl.models.loading import build_scheduler, find_folder, find_scheduler, read_json
 from asyncdiff_pl.parallel.guidance import find_latents, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
 from asyncdiff_pl.parallel.stages.units import trace
+from asyncdiff_pl.parallel.warm_up import count_exact, noise_levels, span_of
 
 EFFICIENCY = 0.3
 """Share of a large matrix product's rate that denoisers reach in eager mode: SVD 0.32, SDXL 0.28 on an H200."""
@@ -55,7 +58,7 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
     samples = sum(left.values())
     groups = getattr(strategy, "data_size", trainer.world_size)
     ranks = trainer.world_size // groups
-    height, width = getattr(data, "height", None), getattr(data, "width", None)
+    height, width = module.picture_size(getattr(data, "height", None), getattr(data, "width", None))
     frames = module.frames_per_sample
     lines = {
         "model": f"{module.pretrained}, {module.weights_description} weights, {_name(module.torch_dtype)}",
@@ -76,7 +79,10 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
                     f"stages of {', '.join(f'{share:.0%}' for share in cost.shares)} of the operations, "
                     f"{_bytes(cost.exchanged)} of boundary tensors a step"
                 )
-            lines["time"] = _time(trainer, cost, left, groups, module.torch_dtype)
+            exact = {n: _exact_steps(strategy, module, n) for n in steps}
+            if len(cost.shares) > 1:
+                lines["exact"] = _exact(strategy, exact)
+            lines["time"] = _time(trainer, cost, left, exact, groups, module.torch_dtype)
         lines["disk"] = (
             f"about {_bytes(samples * frames * height * width * _bytes_per_pixel(trainer, frames))} for "
             f"{_count(samples * frames, 'frame')} of {width}x{height}"
@@ -127,26 +133,79 @@ def _cost(strategy: Any, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return Cost(total, tuple(shares), bytes_per_step(graph, find_boundary(graph, owner)))
 
 
-def _time(trainer: Trainer, cost: Cost, left: dict[int, int], groups: int, dtype: torch.dtype) -> str:
+def _time(
+    trainer: Trainer,
+    cost: Cost,
+    left: dict[int, int],
+    exact: dict[int, tuple[int, int]],
+    groups: int,
+    dtype: torch.dtype,
+) -> str:
     strategy = trainer.strategy
-    warm_up = getattr(strategy, "warm_up", 0) if len(cost.shares) > 1 else 0
     share = max(cost.shares) / getattr(strategy, "stride", 1)
     if getattr(strategy, "simulate", False):
         # one process computes what the ranks would, one after another
         share = 1.0
     halves = getattr(strategy, "cfg", 1) if getattr(strategy, "simulate", False) else 1
-    calls = sum(count * (min(n, warm_up) + max(0, n - warm_up) * share) for n, count in left.items())
     # the last samples keep only some of the groups busy
-    calls *= halves * math.ceil(sum(left.values()) / groups) / max(1, sum(left.values()))
+    calls = halves * math.ceil(sum(left.values()) / groups) / max(1, sum(left.values()))
     device = strategy.root_device
     rate = EFFICIENCY * _matrix_rate(device, dtype)
     if device.type == "cpu":
         # the ranks share the cores
         rate /= trainer.world_size / trainer.num_nodes
+    times = []
+    for bound in range(2):
+        steps = sum(count * (exact[n][bound] + (n - exact[n][bound]) * share) for n, count in left.items())
+        times.append(_duration(calls * steps * cost.flops / rate))
     return (
-        f"about {_duration(calls * cost.flops / rate)} in the denoiser ({_flops(cost.flops)} a call, "
+        f"about {' to '.join(dict.fromkeys(times))} in the denoiser ({_flops(cost.flops)} a call, "
         f"{_flops(rate)}/s a rank); encoders, decoding and scores come on top"
     )
+
+
+def _exact(strategy: Any, exact: dict[int, tuple[int, int]]) -> str:
+    texts = [f"{_range(*bounds)} of {n}" for n, bounds in exact.items()]
+    text = f"{', '.join(texts)} steps of a sample"
+    if not isinstance(strategy.warm_up, int):
+        text += f" (warm-up {strategy.warm_up})"
+    if strategy.refresh_every is not None:
+        text += f", with a refresh each {strategy.refresh_every} steps"
+    return text
+
+
+def _range(fewest: int, most: int) -> str:
+    return str(fewest) if fewest == most else f"{fewest} to {most}"
+
+
+def _exact_steps(strategy: Any, module: LightningModule, num_steps: int) -> tuple[int, int]:
+    """The fewest and the most steps of a sample that are computed exactly."""
+    if getattr(strategy, "stages", 1) == 1:
+        return num_steps, num_steps
+    span = span_of(strategy.warm_up, _noise_levels(module, num_steps))
+    most = num_steps if span.most is None else span.most
+    refresh_every = strategy.refresh_every
+    fewest, most = (count_exact(min(n, num_steps), refresh_every, num_steps) for n in (span.fewest, most))
+    return fewest, most
+
+
+def _noise_levels(module: LightningModule, num_steps: int) -> Callable[[], list[float]] | None:
+    """Gives the noise before each step; None where the scheduler cannot be known before the run."""
+    folder = find_folder(module.pretrained)
+    if folder is None:
+        return None
+    config = read_json(folder / "scheduler", "scheduler_config.json", "the scheduler of a diffusers pipeline")
+    if config.get("use_dynamic_shifting"):
+        # FLUX and its like shift their noise by the size of the picture
+        return None
+    own = find_scheduler(config["_class_name"]).from_config(config)
+    scheduler = build_scheduler(module.scheduler_name, own)
+
+    def levels() -> list[float]:
+        scheduler.set_timesteps(num_steps)
+        return noise_levels(scheduler)
+
+    return levels
 
 
 def _settings(strategy: Any) -> str:
