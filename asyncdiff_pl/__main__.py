@@ -22,6 +22,11 @@ def main() -> None:
         from asyncdiff_pl.cli.terminal import tidy
 
         tidy()
+        if arguments[0] == "compare":
+            from asyncdiff_pl.cli.compare import run_compare
+
+            run_compare(arguments[1:])
+            return
         from asyncdiff_pl.cli.command import run
 
         run(arguments)

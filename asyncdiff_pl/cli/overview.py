@@ -31,11 +31,16 @@ and small networks are trained, by a CONFIG of these:
 
 {list_configs(TRAINING)}
 
+and what two runs made, or two folders of pictures, is compared:
+
+  {PROGRAM} compare A B [--SETTING VALUE ...]
+
   try it, on any computer                  {PROGRAM} predict --config demo
   check all input, foresee time and disk   {PROGRAM} predict --config CONFIG --dry-run
   go on with a run that was stopped        {PROGRAM} predict --resume LOG_FOLDER
   all settings, with units and defaults    {PROGRAM} predict --help
-  the same for training                    {PROGRAM} fit --help"""
+  the same for training                    {PROGRAM} fit --help
+  and for comparisons                      {PROGRAM} compare --help"""
 
 
 def list_configs(start: str = "") -> str:
