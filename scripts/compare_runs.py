@@ -1,4 +1,6 @@
-r"""Shows runs side by side: each sample's conditioning picture, then the frames that each run made of it.
+r"""Shows any number of runs side by side: each sample's conditioning picture, then the frames that each run made of it.
+
+For two runs, with numbers, there is `python -m asyncdiff_pl compare A B`; this draws the pictures of README and docs.
 
     python scripts/compare_runs.py --pictures asyncdiff_pl/assets/demo_coco --output docs/images/demo.gif \
         --runs '{"one rank": "lightning_logs/demo_one_rank/version_0", "two ranks": "lightning_logs/demo/version_0"}'
@@ -14,10 +16,11 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-MARGIN = 6
-HEADER = 22
+from asyncdiff_pl.callbacks.frame_writer import encode_gif
+from asyncdiff_pl.callbacks.written_frames import read_frames, samples_of, step_counts
+from asyncdiff_pl.report.sheet import draw_sheet, some_of
 
 
 def main() -> None:
@@ -61,43 +64,25 @@ def compare(
     frames = [
         sheet(given, {name: [[clip[at]] for clip in clips] for name, clips in rows.items()}, 1) for at in range(length)
     ]
-    # one palette for all frames, or still parts would shimmer
-    palette = frames[0].quantize(256)
-    still = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
-    still[0].save(output, save_all=True, append_images=still[1:], duration=milliseconds, loop=0)
+    output.write_bytes(encode_gif(frames, fps=round(1000 / milliseconds)))
 
 
 def clips_of(folder: Path) -> dict[str, list[Image.Image]]:
     """The frames of each sample of a run, by the sample's id, in order of the ids."""
-    steps = sorted((folder / "frames").glob("steps=*"))
+    steps = step_counts(folder)
     if len(steps) != 1:
         raise ValueError(f"{folder} has frames of {len(steps)} step counts; give a run of one step count.")
-    samples = sorted(
-        (path for path in steps[0].iterdir() if path.is_dir()), key=lambda path: (len(path.name), path.name)
-    )
-    return {path.name: [Image.open(file).convert("RGB") for file in sorted(path.glob("*.png"))] for path in samples}
+    return {name: read_frames(files) for name, files in samples_of(folder, steps[0]).items()}
 
 
 def sheet(given: list[Image.Image], rows: dict[str, list[list[Image.Image]]], columns: int) -> Image.Image:
     """One picture: a row a sample, its conditioning picture and then `columns` frames of each run."""
-    width, height = next(iter(rows.values()))[0][0].size
-    lefts = [0]
-    for _ in rows:
-        lefts.append(lefts[-1] + (width if len(lefts) == 1 else columns * (width + 2) - 2) + 2 * MARGIN)
-    total = lefts[-1] + columns * (width + 2) - 2
-    page = Image.new("RGB", (total, HEADER + len(given) * (height + 2) - 2), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for left, title in zip(lefts, ("picture", *rows), strict=True):
-        pen.text((left, 2), title, fill="black", font=font)
-    for row, picture in enumerate(given):
-        top = HEADER + row * (height + 2)
-        page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (0, top))
-        for left, clips in zip(lefts[1:], rows.values(), strict=True):
-            clip = clips[row]
-            for column in range(columns):
-                at = round(column * (len(clip) - 1) / max(1, columns - 1))
-                page.paste(clip[at], (left + column * (width + 2), top))
-    return page
+    size = next(iter(rows.values()))[0][0].size
+    cells = [
+        [[picture.resize(size, Image.Resampling.LANCZOS)], *(some_of(clips[row], columns) for clips in rows.values())]
+        for row, picture in enumerate(given)
+    ]
+    return draw_sheet(cells, ("picture", *rows), between=10)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from asyncdiff_pl.report.sheet import draw_sheet
+
 
 def rounded(pixels: Tensor) -> Tensor:
     """Pixels from 0 to 1 as they are after they have been stored in 8 bits, float32."""
@@ -29,12 +31,9 @@ def sheet(pictures: Tensor, columns: int, gap: int = 4, border: int = 0) -> Imag
         gap: Pixels between them.
         border: Pixels around them.
     """
-    height, width = (length + gap for length in pictures.shape[-2:])
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * width - gap + 2 * border, rows * height - gap + 2 * border), "white")
-    for index, image in enumerate(to_images(pictures)):
-        page.paste(image, (border + index % columns * width, border + index // columns * height))
-    return page
+    images = to_images(pictures)
+    rows = [[images[start : start + columns]] for start in range(0, len(images), columns)]
+    return draw_sheet(rows, gap=gap, between=gap, border=border)
 
 
 def save_gif(clips: Tensor, path: Path, columns: int, fps: float, border: int = 0) -> None:

@@ -5,22 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 import torch
 from PIL import Image, ImageChops
 
-from asyncdiff_pl.callbacks.sample_table import Row, cell, write_table
-from asyncdiff_pl.metrics import frechet
-from asyncdiff_pl.metrics.frames import compare_frames
-from asyncdiff_pl.metrics.lpips import LPIPS, SMALLEST, load_lpips
-from asyncdiff_pl.metrics.networks import MissingNetwork
+from asyncdiff_pl.callbacks.sample_table import Row, write_table
 from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
-from asyncdiff_pl.metrics.ssim import WINDOW
-from asyncdiff_pl.metrics.text_image import TextImageScore
-from asyncdiff_pl.models.clip import check_clip, is_random, load_clip
+from asyncdiff_pl.report.comparison_table import COLUMNS, Line, aligned, as_row, markdown, texts_of
+from asyncdiff_pl.report.picture_measures import TIMES, Tools, load_tools, measure_pair, set_distance, steps_text
 from asyncdiff_pl.report.picture_sets import Key, PictureSet, bring_to_one_size, pair, read_set
 from asyncdiff_pl.report.sheet import draw_sheet, scaled, some_of
 
@@ -33,64 +27,17 @@ DESCRIBED = (
 MEASURED = {"peak_memory_gib": "peak memory, GiB", "mib_per_step": "exchanged, MiB a step"}
 """Columns of results.csv that the whole run has."""
 
-TIMES = {"seconds": "seconds a sample", "step_latency_ms": "ms a step"}
-"""Columns of samples.csv that count for timed samples only."""
-
 SIMILAR = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
 """What is compared frame by frame."""
 
-COLUMNS = ("steps", "quantity", "a", "a_error", "b", "b_error", "difference", "difference_error")
-"""Columns of compare.csv."""
-
-SIDE = 256
-"""Longest side of the sheet's pictures, in pixels."""
+SIDES = {False: 256, True: 176}
+"""Longest side of the sheet's pictures, in pixels, and that of the frames of videos."""
 
 FRAMES = 3
 """Frames of a video in the sheet: its first, one of its middle and its last."""
 
 AMPLIFIED = 4
 """By how much the sheet makes differences stronger."""
-
-Value = Mean | str | None
-"""A mean with its standard error (not a number where it has none), a word, or nothing."""
-
-
-@dataclass
-class Line:
-    """One line of the table: a quantity of A, of B, and of B against A.
-
-    Args:
-        steps: Step counts that it is of, in words.
-        quantity: What it is.
-        first: Of A.
-        second: Of B.
-        difference: B less A, or of B against A.
-    """
-
-    steps: str
-    quantity: str
-    first: Value = None
-    second: Value = None
-    difference: Value = None
-
-
-@dataclass
-class Tools:
-    """What compares pictures, as far as it was asked for and can be had.
-
-    Args:
-        device: Where networks compute.
-        lpips: The network of LPIPS.
-        features: Name and network of the Fréchet distance.
-        clip: Name and network of the score.
-        notes: What is missing, and why.
-    """
-
-    device: str
-    lpips: LPIPS | None = None
-    features: tuple[str, torch.nn.Module] | None = None
-    clip: tuple[str, TextImageScore] | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -150,7 +97,7 @@ def compare(
             "--frechet to compare them as sets."
         )
     resized = bring_to_one_size(first, second)
-    tools = _tools(lpips, frechet, clip, device)
+    tools = load_tools(lpips, frechet, clip, device)
     if resized is not None:
         tools.notes.insert(0, resized)
     if dump is not None:
@@ -162,88 +109,33 @@ def compare(
     sheet: list[tuple[Key, Key, Row]] = []
     places = list(pairs) or list(itertools.product(first.steps, second.steps))
     for n, m in places:
-        found = [_measure(first, second, keys, tools) for keys in pairs.get((n, m), [])]
+        found = [measure_pair(first, second, keys, tools) for keys in pairs.get((n, m), [])]
         samples += found
         lines += _lines(first, second, (n, m), found, tools)
         chosen = list(zip(pairs.get((n, m), []), found, strict=True))[: max(1, rows // len(places))]
         sheet += [(*keys, row) for keys, row in chosen]
     lines = list({(line.steps, line.quantity): line for line in lines}.values())
-    write_table(folder / "compare.csv", [_as_row(line) for line in lines], COLUMNS)
-    table = [_texts(line) for line in lines]
+    write_table(folder / "compare.csv", [as_row(line) for line in lines], COLUMNS)
+    table = [texts_of(line) for line in lines]
     header = ("", "", first.label, second.label, "B - A, or B against A")
-    (folder / "compare.md").write_text(_markdown(header, table, tools.notes), encoding="utf-8")
+    (folder / "compare.md").write_text(markdown(header, table, tools.notes), encoding="utf-8")
     if samples:
         columns = dict.fromkeys(name for row in samples for name in row)
         write_table(folder / "compare_samples.csv", samples, list(columns))
         _draw(first, second, sheet[:rows]).save(folder / "compare.png")
-    return "\n".join([*_aligned([header, *table]), *tools.notes, f"comparison: {folder}"])
-
-
-def _tools(lpips: str | None, features: str | None, clip: str | None, device: str) -> Tools:
-    """Loads what was asked for; what cannot be had is left out, with a word."""
-    try:
-        is_there = torch.device(device).type != "cuda" or torch.cuda.is_available()
-    except RuntimeError:
-        is_there = False
-    if not is_there:
-        raise ValueError(
-            f"device is {device}, which torch does not find here; give cpu, or cuda on a machine with GPUs."
-        )
-    tools = Tools(device)
-    if clip is not None:
-        check_clip(clip)
-        name = f"CLIP score ({clip}{', random weights' if is_random(clip) else ''})"
-        tools.clip = (name, TextImageScore(*load_clip(clip, device)))
-    try:
-        tools.lpips = None if lpips is None else load_lpips(lpips).to(device)
-    except MissingNetwork as error:
-        tools.notes.append(f"no LPIPS: {error}")
-    try:
-        if features is not None:
-            name, network = frechet.load_features(features)
-            frechet.FrechetDistance(network)
-            tools.features = (name, network.to(device))
-    except MissingNetwork as error:
-        tools.notes.append(f"no Fréchet distance: {error}")
-    return tools
-
-
-def _measure(first: PictureSet, second: PictureSet, keys: tuple[Key, Key], tools: Tools) -> Row:
-    """All numbers of one pair, as a row of compare_samples.csv."""
-    (n, name), (m, _) = keys
-    row = {"steps": _steps(n, m), "id": name}
-    rows = [part.rows.get(key, {}) for part, key in zip((first, second), keys, strict=True)]
-    for which, own in zip("ab", rows, strict=True):
-        for column in TIMES:
-            row[f"{column}_{which}"] = own.get(column, "") if own.get("timed") == "True" else ""
-    frames = [part.frames(key) for part, key in zip((first, second), keys, strict=True)]
-    if tools.clip is not None:
-        texts = first.captions.get(name) or second.captions.get(keys[1][1])
-        scores = [cell(tools.clip[1](part, texts).item()) if texts else "" for part in frames]
-        scorers = [tools.clip[0]] * 2
-    else:
-        scores, scorers = ([own.get(column, "") for own in rows] for column in ("score", "scorer"))
-    row |= {"score_a": scores[0], "score_b": scores[1], "scorer_a": scorers[0], "scorer_b": scorers[1]}
-    if len(frames[0]) != len(frames[1]):
-        return row
-    smallest = min(frames[0][0].size)
-    network = tools.lpips if smallest >= SMALLEST else None
-    try:
-        found = compare_frames(frames[1], frames[0], smallest >= WINDOW, network, tools.device)
-    except ValueError as error:
-        raise ValueError(f"Sample {name} of {second.label} does not compare with {first.label}: {error}") from error
-    return row | {column: cell(value) for column, value in found.items()}
+    return "\n".join([*aligned([header, *table]), *tools.notes, f"comparison: {folder}"])
 
 
 def _lines(
     first: PictureSet, second: PictureSet, steps: tuple[int | None, int | None], rows: Sequence[Row], tools: Tools
 ) -> list[Line]:
     """The table's lines of one pair of step counts."""
-    place = _steps(*steps)
+    place = steps_text(*steps)
     results = [part.results.get(n or 0, {}) for part, n in zip((first, second), steps, strict=True)]
     counts = [sum(key[0] == n for key in part.files) for part, n in zip((first, second), steps, strict=True)]
     lines = [Line(place, "samples", str(counts[0]), str(counts[1]), f"{len(rows)} in common")]
-    for column in DESCRIBED:
+    # beside a plain folder all of them would differ
+    for column in DESCRIBED if all(results) else DESCRIBED[:1]:
         values = [result.get(column, "") for result in results]
         if values[0] != values[1]:
             lines.append(Line(place, column, *(value or "-" for value in values)))
@@ -273,7 +165,7 @@ def _lines(
         if finite:
             lines.append(Line(place, title, None, None, _mean(finite)))
     if tools.features is not None:
-        lines.append(Line(place, tools.features[0], None, None, _distance(first, second, steps, tools)))
+        lines.append(Line(place, tools.features[0], None, None, set_distance(first, second, steps, tools)))
     return lines
 
 
@@ -303,29 +195,6 @@ def _both(place: str, title: str, rows: Sequence[Row], column: str) -> list[Line
     return [Line(place, title, *(_mean(values) if values else None for values in single))] if any(single) else []
 
 
-def _distance(first: PictureSet, second: PictureSet, steps: tuple[int | None, int | None], tools: Tools) -> Value:
-    """The Fréchet distance between all pictures of two sets."""
-    assert tools.features is not None
-    name, network = tools.features
-    distance = frechet.FrechetDistance(network).to(tools.device)
-    for part, n, is_real in ((first, steps[0], True), (second, steps[1], False)):
-        for key in part.files:
-            if key[0] == n:
-                distance.add(part.frames(key), is_real)
-    counts = distance.counts
-    if min(counts) < 2:
-        tools.notes.append(
-            f"no {name}: it needs 2 pictures or more on each side, and there are {counts[0]}, {counts[1]}"
-        )
-        return None
-    if min(counts) <= distance.num_features:
-        tools.notes.append(
-            f"{name} is of {counts[0]} and {counts[1]} pictures, and the network has {distance.num_features} features: "
-            "it is too large, and compares only with distances of equally many pictures"
-        )
-    return Mean(distance.compute(), math.nan)
-
-
 def _draw(first: PictureSet, second: PictureSet, chosen: Iterable[tuple[Key, Key, Row]]) -> Image.Image:
     """The sheet: a row a sample, A, B and where they differ."""
     rows, texts = [], []
@@ -337,7 +206,8 @@ def _draw(first: PictureSet, second: PictureSet, chosen: Iterable[tuple[Key, Key
             cells.append([picture.point(lambda value: min(255, AMPLIFIED * value)) for picture in differences])
         else:
             cells.append([Image.new("RGB", cells[0][0].size, "white")])
-        rows.append([[scaled(picture, SIDE) for picture in part] for part in cells])
+        side = SIDES[max(map(len, cells)) > 1]
+        rows.append([[scaled(picture, side) for picture in part] for part in cells])
         caption = next(iter(first.captions.get(one[1]) or second.captions.get(other[1]) or ()), "")
         numbers = [
             f"{title.partition(',')[0]} {float(row[column]):.3g}"
@@ -346,8 +216,10 @@ def _draw(first: PictureSet, second: PictureSet, chosen: Iterable[tuple[Key, Key
         ]
         if row["score_a"] and row["score_b"]:
             numbers.append(f"score {float(row['score_a']):.3g} and {float(row['score_b']):.3g}")
+        if row.get("equal") == "1":
+            numbers[:] = ["the same pixel by pixel", *numbers[1:]]
         place = f"{one[1]} ({row['steps']})" if row["steps"] else one[1]
-        texts.append("; ".join(text for text in (place, caption, ", ".join(numbers)) if text))
+        texts.append("; ".join(text for text in (place, caption.rstrip(". "), ", ".join(numbers)) if text))
     titles = (first.label, second.label, f"difference, {AMPLIFIED} times as strong")
     return draw_sheet(rows, titles, texts, gap=2, between=10, border=10)
 
@@ -372,55 +244,5 @@ def _mean(values: Sequence[float]) -> Mean:
     return mean_with_error(torch.tensor(values)) if len(values) > 1 else Mean(values[0], math.nan)
 
 
-def _steps(n: int | None, m: int | None) -> str:
-    counts = list(dict.fromkeys(str(steps) for steps in (n, m) if steps is not None))
-    return f"{' and '.join(counts)} steps" if counts else ""
-
-
 def _some_id(part: PictureSet) -> str:
     return next(iter(part.files))[1]
-
-
-def _as_row(line: Line) -> Row:
-    row = {"steps": line.steps, "quantity": line.quantity}
-    for name, value in (("a", line.first), ("b", line.second), ("difference", line.difference)):
-        if isinstance(value, Mean):
-            row |= {
-                name: cell(value.value),
-                f"{name}_error": "" if math.isnan(value.standard_error) else cell(value[1]),
-            }
-        else:
-            row[name] = cell(value)
-    return row
-
-
-def _texts(line: Line) -> tuple[str, ...]:
-    values = (line.first, line.second, line.difference)
-    return (line.steps, line.quantity, *(_text(value) for value in values))
-
-
-def _text(value: Value) -> str:
-    if not isinstance(value, Mean):
-        return value or ""
-    if math.isnan(value.standard_error):
-        return f"{value.value:.4g}"
-    return f"{value.value:.4g} ± {value.standard_error:.2g}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for the terminal; a column that is empty throughout is left out."""
-    columns = [column for column in zip(*lines, strict=True) if any(column)]
-    widths = [max(map(len, column)) for column in columns]
-    return [
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in zip(*columns, strict=True)
-    ]
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    cells = [[text.replace("|", "\\|") for text in line] for line in (header, *lines)]
-    rows = [f"| {' | '.join(line)} |" for line in cells]
-    rows.insert(1, f"|{' --- |' * len(header)}")
-    told = [f"- {note}" for note in notes]
-    means = "Means over the samples in common ± standard error; differences are paired; PSNR is of those that differ."
-    return "\n".join([*rows, "", means, *([""] if told else []), *told, "", "![sheet](compare.png)", ""])
