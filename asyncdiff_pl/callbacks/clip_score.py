@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from asyncdiff_pl.models.clip import check_clip, is_random, load_clip
 class CLIPScore(Callback):
     """Sets `score` of each prediction: 100 x cosine of frame and caption, mean over captions, then over frames.
 
-    Only the first rank of a data group scores, on its own device and after the timed call. TensorBoard shows the
+    Only the first rank of a data group scores, on its own device and after the timed call; a sample without captions
+    gets no score. TensorBoard shows the
     samples of rank 0's data group as `score/CLIP score (<model>)/steps=<n>`.
 
     Args:
@@ -45,6 +47,7 @@ class CLIPScore(Callback):
             self.scorer = f"CLIP score ({model}{', random weights' if is_random(model) else ''})"
         self._score: TextImageScore | None = None
         self._count = SampleCount()
+        self._has_warned = False
 
     def check(self) -> None:
         """Tells early that there is no such model, as far as that is known without fetching anything.
@@ -89,7 +92,10 @@ class CLIPScore(Callback):
         for prediction in outputs:
             sample = prediction.sample
             if not sample.captions:
-                raise ValueError(f"Sample {sample.id} has no captions to score against; run without CLIPScore.")
+                if not self._has_warned:
+                    warnings.warn(f"Sample {sample.id} has no captions: such samples get no score.", stacklevel=2)
+                self._has_warned = True
+                continue
             score = self._score(prediction.frames, sample.captions).item()
             prediction.metrics |= {"score": score, "scorer": self.scorer}
             if writer is not None:

@@ -31,23 +31,31 @@ class Stopwatch(TrajectoryListener):
 
     Args:
         device: Where the denoiser computes.
+        handle: What a strategy installed on the denoiser, if any: it tells which steps were exact.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, handle: Parallel | None = None) -> None:
         self.on_gpu = device.type == "cuda"
+        self.exact_steps: list[int] = []
+        """Exact steps of each run since the last reading, in order; empty where all steps of all runs are exact."""
+        self._handle = handle if handle is not None and handle.layout.stages > 1 else None
         self._runs: list[list[Any]] = []
 
     @override
     def on_sample_begin(self, trajectory: Trajectory) -> None:
         self._runs.append([self._mark()])
+        if self._handle is not None:
+            self.exact_steps.append(0)
 
     @override
     def on_step(self, trajectory: Trajectory, output: Any) -> None:
         self._runs[-1].append(self._mark())
+        if self._handle is not None:
+            self.exact_steps[-1] = self._handle.exact_steps
 
     def read(self) -> list[list[float]]:
         """Step times in ms of each run since the last reading, in order."""
-        runs, self._runs = self._runs, []
+        runs, self._runs, self.exact_steps = self._runs, [], []
         if self.on_gpu and runs:
             runs[-1][-1].synchronize()
         return [[self._elapsed(a, b) for a, b in itertools.pairwise(marks)] for marks in runs]
@@ -171,14 +179,15 @@ def assign(
         runs: Step times of each run of the pipeline, in order.
 
     Returns:
-        For each run its predictions: those of one step count in one run, or one prediction a run. Empty, with a
-        warning, where it is neither, so that nobody gets the times of another.
+        For each run its predictions: those of one call, or one prediction a run. Empty, with a warning, where it is
+        neither, so that nobody gets the times of another.
     """
-    groups = [list(group) for _, group in itertools.groupby(predictions, key=lambda p: p.steps)]
+    in_order = sorted(predictions, key=lambda p: p.call)
+    groups = [list(group) for _, group in itertools.groupby(in_order, key=lambda p: p.call)]
     if len(runs) == len(groups):
         return list(zip(groups, runs, strict=True))
     if len(runs) == len(predictions):
-        return [([p], run) for p, run in zip(predictions, runs, strict=True)]
+        return [([p], run) for p, run in zip(in_order, runs, strict=True)]
     log.warning(
         "%d samplings were seen for %d samples in %d calls; this batch is without step latencies.",
         len(runs),

@@ -46,6 +46,7 @@ class Prediction:
         frames: One picture, or the frames of a video in order.
         seconds: Wall time of the whole pipeline call, in s; a call for several samples is shared out evenly.
         timed: False where `seconds` holds one-time work (the first call of a process): averages leave it out.
+        call: Number of the pipeline call in its batch, from 0.
         metrics: Filled by callbacks; each entry becomes a column of samples.csv.
     """
 
@@ -54,6 +55,7 @@ class Prediction:
     frames: list[Image.Image]
     seconds: float
     timed: bool
+    call: int = 0
     metrics: dict[str, float | int | str] = field(default_factory=dict)
 
 
@@ -289,9 +291,10 @@ class DiffusionPredictor(LightningModule):
     def predict_step(self, batch: Sequence[Sample], batch_idx: int = 0) -> list[Prediction]:
         """Generates each sample of the batch, those of one step count in one call if the pipeline can."""
         predictions: list[Prediction] = []
-        for steps, samples in itertools.groupby(batch, key=self._steps_of):
-            for group in self.group(list(samples)):
-                predictions += self._run(group, steps)
+        of_one_count = itertools.groupby(batch, key=self._steps_of)
+        calls = ((steps, group) for steps, samples in of_one_count for group in self.group(list(samples)))
+        for number, (steps, group) in enumerate(calls):
+            predictions += self._run(group, steps, number)
         order = {id(sample): place for place, sample in enumerate(batch)}
         return sorted(predictions, key=lambda prediction: order[id(prediction.sample)])
 
@@ -305,7 +308,7 @@ class DiffusionPredictor(LightningModule):
             "let the data module serve a `StepSweep`."
         )
 
-    def _run(self, samples: list[Sample], steps: int) -> list[Prediction]:
+    def _run(self, samples: list[Sample], steps: int, call: int) -> list[Prediction]:
         # the noise is drawn on the CPU, so that a picture does not depend on the kind of device
         seeds = [sample_seed(self.seed, s.id) if s.seed is None else s.seed for s in samples]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -317,7 +320,7 @@ class DiffusionPredictor(LightningModule):
             frames = self.generate(samples, steps, generators)
         seconds = (self._now() - started) / len(samples)
         timed, self.is_warm = self.is_warm, True
-        return [Prediction(s, steps, f, seconds, timed) for s, f in zip(samples, frames, strict=True)]
+        return [Prediction(s, steps, f, seconds, timed, call) for s, f in zip(samples, frames, strict=True)]
 
     def _now(self) -> float:
         if self.device.type == "cuda":

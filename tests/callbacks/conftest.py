@@ -65,22 +65,31 @@ class TinyPredictor(DiffusionPredictor):
 
 
 class Listed(Dataset):
-    def __init__(self, ids):
+    def __init__(self, ids, captions):
         self.ids = ids
+        self.captions = captions
 
     def __getitem__(self, index):
         name = self.ids[index]
-        return Sample(name, (f"a picture of {name}", "some noise"), Image.new("RGB", (24, 16), (0, 90, 9 * index)))
+        captions = tuple(text.format(name) for text in self.captions)
+        return Sample(name, captions, Image.new("RGB", (24, 16), (0, 90, 9 * index)))
 
 
 class ListedSamples(SampleDataModule):
-    def __init__(self, ids: Sequence[str], batch_size: int = 1, colour: str = "green"):
+    def __init__(
+        self,
+        ids: Sequence[str],
+        batch_size: int = 1,
+        colour: str = "green",
+        captions: Sequence[str] = ("a picture of {}", "some noise"),
+    ):
         super().__init__(batch_size)
         self._names = list(ids)
         self.colour = colour
+        self._captions = captions
 
     def samples(self):
-        return Listed(self._names)
+        return Listed(self._names, self._captions)
 
     def ids(self):
         return self._names

@@ -32,6 +32,13 @@ def test_pictures_of_random_weights_are_not_scored(run, tiny_predictor):
     assert result["scorer"] == "none (random weights)"
 
 
+def test_samples_without_captions_get_no_score_and_one_word(run):
+    with pytest.warns(UserWarning, match=r"Sample 1 has no captions: such samples get no score\.") as told:
+        run([Results(), CLIPScore("tiny-clip")], ids=("1", "2"), captions=())
+    assert sum("has no captions" in str(warning.message) for warning in told) == 1
+    assert [row["score"] for row in read_table(run.folder / "samples.csv")] == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("model", "scorers"),
     [

@@ -10,8 +10,8 @@ from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import Prediction
 
 
-def predictions(*steps):
-    return [Prediction(Sample(str(index)), n, [], 1.0, True) for index, n in enumerate(steps)]
+def predictions(*calls):
+    return [Prediction(Sample(str(index)), 4, [], 1.0, True, call) for index, call in enumerate(calls)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -46,20 +46,23 @@ def test_a_failing_run_leaves_the_trajectory_alone(run, tiny_predictor):
 
 
 @pytest.mark.parametrize(
-    ("steps", "num_runs", "expected"),
+    ("calls", "num_runs", "expected"),
     [
-        ((4,), 1, [1]),
-        ((4, 4), 1, [2]),
-        ((4, 4), 2, [1, 1]),
-        ((4, 4, 2), 2, [2, 1]),
-        ((4, 4, 2), 3, [1, 1, 1]),
-        ((4, 4), 3, []),
+        ((0,), 1, ["0"]),
+        ((0, 0), 1, ["01"]),
+        ((0, 0), 2, ["0", "1"]),
+        ((0, 0, 1), 2, ["01", "2"]),
+        # the first and the last sample share a call, which ran first
+        ((0, 1, 0), 2, ["02", "1"]),
+        ((0, 0, 1), 3, ["0", "1", "2"]),
+        ((0, 0), 3, []),
         ((), 0, []),
     ],
 )
-def test_runs_of_the_pipeline_go_to_their_samples(steps, num_runs, expected):
-    found = assign(predictions(*steps), [[1.0]] * num_runs)
-    assert [len(group) for group, _ in found] == expected
+def test_runs_of_the_pipeline_go_to_their_samples(calls, num_runs, expected):
+    found = assign(predictions(*calls), [[float(run)] for run in range(num_runs)])
+    assert ["".join(p.sample.id for p in group) for group, _ in found] == expected
+    assert [times for _, times in found] == [[float(run)] for run in range(len(found))]
 
 
 def test_later_runs_add_to_the_curve(tmp_path):
