@@ -76,15 +76,19 @@ def settings(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 
 def arguments(thing: Any) -> dict[str, Any]:
-    """The plain values (numbers, texts, lists) that an object keeps under the names of its constructor's arguments."""
+    """The plain values (numbers, texts, lists) that an object keeps under the names of its constructor's arguments.
+
+    Where an object is made from its name (`scheduler`, `pipeline`), the name is kept as `scheduler_name`.
+    """
     kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in FOREIGN]
     constructors = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
     names = dict.fromkeys(name for init in constructors for name in inspect.signature(init).parameters)
     found = {}
     for name in names:
-        if not hasattr(thing, name):
+        attribute = f"{name}_name" if hasattr(thing, f"{name}_name") else name
+        if not hasattr(thing, attribute):
             continue
-        value = getattr(thing, name)
+        value = getattr(thing, attribute)
         try:
             found[name] = json.loads(json.dumps(str(value) if isinstance(value, Path) else value))
         except TypeError:

@@ -44,6 +44,9 @@ SETTINGS = {
 }
 """Classes whose settings `predict --help` explains, by where they stand in a config."""
 
+OTHERS = {"model": [models.PipelinePredictor], "data": [data.PromptFile, data.ClassLabels]}
+"""Classes that may stand there in their place: `predict --help` explains what settings they have beyond the first's."""
+
 TRAINING_CALLBACKS = {
     "average": callbacks.WeightAverage,
     "export": callbacks.ExportWeights,
@@ -55,7 +58,7 @@ TRAINING_CALLBACKS = {
 TRAINING_SETTINGS = {"model": VideoDenoiserTraining, "data": SceneClips, **TRAINING_CALLBACKS}
 """Classes whose settings `fit --help` explains."""
 
-EXPLAINED = {PREDICT.usage: (PREDICT, SETTINGS), FIT.usage: (FIT, TRAINING_SETTINGS)}
+EXPLAINED = {PREDICT.usage: (PREDICT, SETTINGS, OTHERS), FIT.usage: (FIT, TRAINING_SETTINGS, {})}
 """What the help of each subcommand is made of, by its usage."""
 
 
@@ -66,11 +69,11 @@ class Parser(LightningArgumentParser):
     def format_help(self, *args: Any) -> str:
         if self.usage not in EXPLAINED:
             return super().format_help(*args)
-        says, settings = EXPLAINED[self.usage]
+        says, settings, others = EXPLAINED[self.usage]
         groups = self._action_groups
         self._action_groups = sections(self, says, {key.partition(".")[0] for key in settings})
         try:
-            return explain(super().format_help(*args), says, settings)
+            return explain(super().format_help(*args), says, settings, others)
         finally:
             # classes are instantiated by the groups that they stand in
             self._action_groups = groups
@@ -184,7 +187,7 @@ class Command(LightningCLI):
             check = getattr(part, "check", None)
             if check is not None:
                 check()
-        _check_size(self.model, self.datamodule)
+        _check_data(self.model, self.datamodule)
         if hasattr(self.trainer.strategy, "check_module"):
             if self.subcommand == "fit":
                 name = type(self.trainer.strategy).__name__
@@ -257,12 +260,17 @@ def _check_training(config: Namespace) -> None:
         )
 
 
-def _check_size(model: LightningModule, datamodule: LightningDataModule) -> None:
-    """Tells before anything is loaded that a pipeline does not take pictures of the data's size."""
+def _check_data(model: LightningModule, datamodule: LightningDataModule) -> None:
+    """Tells before anything is loaded that a pipeline does not take pictures of the data's size, or its values."""
+    if hasattr(model, "check_inputs") and hasattr(datamodule, "input_names"):
+        model.check_inputs(datamodule.input_names)
     multiple = getattr(model, "size_multiple", None)
-    for name in ("height", "width"):
-        pixels = getattr(datamodule, name, None)
-        if multiple and pixels and pixels % multiple:
+    if not multiple:
+        return
+    given = {name: getattr(datamodule, name, None) for name in ("height", "width")}
+    # a pipeline that makes its pictures from prompts alone does not see the data's
+    for (name, pixels), result in zip(given.items(), model.picture_size(*given.values()), strict=True):
+        if pixels and result == pixels and pixels % multiple:
             raise ValueError(f"data.{name} is {pixels} pixels; the model takes multiples of {multiple}.")
 
 

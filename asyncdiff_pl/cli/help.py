@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import jsonargparse
@@ -12,6 +13,9 @@ import jsonargparse
 from asyncdiff_pl.cli.overview import PROGRAM, TRAINING, list_configs
 
 RUN = "the run"
+
+LINE = 118
+"""Characters of a line of the text about a class."""
 
 CONFIG_HELP = "A YAML file, or the name of one of the package's own, below; what follows it overrides it."
 
@@ -49,8 +53,10 @@ and times to a log folder. Every setting below can stand in the config, and on t
         *("inference_mode", "profiler", "plugins", "default_root_dir"),
     ),
     hints={
-        "model": "another class: --model my_module.MyPredictor; its settings: --model.help my_module.MyPredictor",
-        "data": "another class: --data my_module.MyData; its settings: --data.help my_module.MyData",
+        "model": "another class: --model PipelinePredictor (below) or my_module.MyPredictor; all its settings: "
+        "--model.help CLASS",
+        "data": "another class: --data PromptFile, ClassLabels (below) or my_module.MyData; all its settings: "
+        "--data.help CLASS",
         "trainer.strategy": "another class: --trainer.strategy my_module.MyStrategy; on all devices one sample each: "
         "--trainer.strategy ddp",
     },
@@ -100,22 +106,34 @@ def sections(parser: jsonargparse.ArgumentParser, says: Help, own_keys: set[str]
     return [run, trainer]
 
 
-def explain(text: str, says: Help, classes: Mapping[str, type]) -> str:
+def explain(text: str, says: Help, classes: Mapping[str, type], others: Mapping[str, Sequence[type]]) -> str:
     """The help of a subcommand.
 
     Args:
         text: What argparse makes of the `sections`.
         says: What the subcommand says of itself.
         classes: Classes whose settings are explained between them, by where they stand in a config.
+        others: Classes that may stand there in place of these; what they share with them is not explained again.
     """
     run, _, trainer = text.partition(f"\n{says.trainer}:\n")
     parts = [run.rstrip(), f"configs of the package (`--config NAME`):\n{list_configs(says.configs)}"]
-    parts += [_section(place, kind, says.hints.get(place)) for place, kind in classes.items()]
+    for place, kind in classes.items():
+        parts.append(_section(place, kind, says.hints.get(place)))
+        seen = set(_defaults(place, kind))
+        for other in others.get(place, ()):
+            parts.append(_section(place, other, _shared(place, other, seen), seen))
+            seen |= set(_defaults(place, other))
     return "\n\n".join([*parts, f"{says.trainer}:\n{trainer}"])
 
 
-def settings_parser(place: str, kind: type) -> jsonargparse.ArgumentParser:
-    """A parser of one class's settings alone."""
+def settings_parser(place: str, kind: type, hidden: Collection[str] = ()) -> jsonargparse.ArgumentParser:
+    """A parser of one class's settings alone.
+
+    Args:
+        place: Where the class stands in a config.
+        kind: The class.
+        hidden: Settings that its help leaves out.
+    """
     parser = jsonargparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     parser.add_class_arguments(kind, place)
     # what jsonargparse adds for a setting that may be a dataclass; the setting's own text explains that
@@ -125,15 +143,32 @@ def settings_parser(place: str, kind: type) -> jsonargparse.ArgumentParser:
         group._group_actions = [
             action
             for action in group._group_actions
-            if action.dest in names and not any(name.startswith(f"{action.dest}.") for name in names)
+            if action.dest in names
+            and action.dest.removeprefix(f"{place}.") not in hidden
+            and not any(name.startswith(f"{action.dest}.") for name in names)
         ]
     return parser
 
 
-def _section(place: str, kind: type, hint: str | None) -> str:
-    _, _, settings = settings_parser(place, kind).format_help().strip("\n").partition("\n")
+def _section(place: str, kind: type, hint: str | None, hidden: Collection[str] = ()) -> str:
+    _, _, settings = settings_parser(place, kind, hidden).format_help().strip("\n").partition("\n")
     summary = (inspect.getdoc(kind) or "").partition("\n")[0]
     lines = [f"{place}: {kind.__name__}", f"  {summary}"]
     if hint is not None:
-        lines.append(f"  ({hint})")
+        lines.append(textwrap.fill(f"({hint})", LINE, initial_indent="  ", subsequent_indent="   "))
     return "\n".join([*lines, settings]).rstrip()
+
+
+def _defaults(place: str, kind: type) -> dict[str, object]:
+    return dict(vars(settings_parser(place, kind).get_defaults().get(place) or argparse.Namespace()))
+
+
+def _shared(place: str, kind: type, seen: Collection[str]) -> str:
+    """The settings that a class shares with those explained before it, with its own defaults."""
+    required = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    shown = []
+    for name, default in _defaults(place, kind).items():
+        if name in seen:
+            value = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            shown.append(f"{name} {'required' if name in required else value}")
+    return f"--{place} {kind.__name__}; as above, with these defaults: {', '.join(shown)}; and beyond them:"

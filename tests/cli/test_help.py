@@ -1,12 +1,14 @@
 """What the command says of itself, and its surface: a name or a default that changes here changes for users."""
 
 import contextlib
+import inspect
 import io
+import itertools
 import re
 
 import pytest
 
-from asyncdiff_pl.cli.command import SETTINGS, run
+from asyncdiff_pl.cli.command import OTHERS, SETTINGS, run
 from asyncdiff_pl.cli.help import PREDICT, settings_parser
 from asyncdiff_pl.cli.overview import TRAINING, overview, packaged_configs
 
@@ -37,6 +39,7 @@ SURFACE = {
         "batch_size": 1,
         "num_workers": 0,
         "skip_uncaptioned": False,
+        "caption_index": None,
     },
     "trainer.strategy": {
         "stages": 1,
@@ -50,6 +53,8 @@ SURFACE = {
         "timeout": 600.0,
     },
     "clip_score": {"model": "openai/clip-vit-base-patch32", "batch_size": 16, "dtype": "float32"},
+    "reference_metrics": {"folder": None, "ssim": True, "lpips": None},
+    "frechet_distance": {"real": None, "features": "inception", "max_real": None},
     "step_latency": {},
     "device_stats": {"interval": 0.5},
     "traffic": {},
@@ -88,7 +93,7 @@ def test_every_setting_is_explained_once_with_its_default(text):
             assert len(entries) == 1, option
             explained = "".join(entries[0].split())
             assert len(explained) > 40, option
-            is_required = (place, name) in (("data", "images_dir"), ("data", "annotations"))
+            is_required = (place, name) == ("data", "annotations")
             shown = "required" if is_required else f"default:{'null' if default is None else default}"
             assert shown in explained, option
 
@@ -96,12 +101,27 @@ def test_every_setting_is_explained_once_with_its_default(text):
 def test_sections_come_in_the_order_of_use(text):
     titles = [line.rstrip(":") for line in text.splitlines() if re.match(r"\S.*:|\S+: \S+$", line)]
     places = [title.partition(":")[0] for title in titles]
-    assert [place for place in places if place in SURFACE] == list(SURFACE)
+    # classes that may stand in one place follow one another
+    assert [place for place, _ in itertools.groupby(place for place in places if place in SURFACE)] == list(SURFACE)
     assert places.index("the run") < places.index("model")
     assert titles.index(PREDICT.trainer) == len(titles) - 1
     assert text.startswith("usage: python -m asyncdiff_pl predict --config CONFIG")
     for option in ("--resume FOLDER", "--dry-run", "--config CONFIG"):
         assert option in text
+
+
+@pytest.mark.parametrize(("place", "kind"), [(place, kind) for place, kinds in OTHERS.items() for kind in kinds])
+def test_other_classes_are_explained_by_what_they_have_beyond_the_first(text, place, kind):
+    _, _, section = text.partition(f"\n{place}: {kind.__name__}\n")
+    section = section.partition("\n\n")[0]
+    first = inspect.signature(SETTINGS[place]).parameters
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in first:
+            value = "required" if parameter.default is parameter.empty else parameter.default
+            assert f" {name} {'null' if value is None else value}" in " ".join(section.split())
+            assert f"--{place}.{name} " not in section
+        else:
+            assert f"  --{place}.{name} " in section
 
 
 def test_all_that_is_known_of_the_configs_is_shown(text):
