@@ -11,18 +11,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 PER_SAMPLE = frozenset(
     {
         "sample",
         "hidden_states",
         "encoder_hidden_states",
+        "encoder_hidden_states_2",
+        "encoder_hidden_states_t5",
+        "encoder_hidden_states_image",
+        "encoder_hidden_states_mask",
         "pooled_projections",
         "class_labels",
         "timestep_cond",
         "attention_mask",
         "encoder_attention_mask",
+        "encoder_attention_mask_2",
+        "text_embedding_mask",
+        "text_embedding_mask_t5",
+        "image_meta_size",
+        "style",
         "added_cond_kwargs",
         "added_time_ids",
         "guidance",
@@ -33,12 +42,23 @@ PER_SAMPLE = frozenset(
         "mid_block_additional_residual",
         "down_intrablock_additional_residuals",
         "block_controlnet_hidden_states",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
     }
 )
 """Arguments whose tensors, nested or not, hold the guidance batch in dimension 0 (or that times the frames)."""
 
-SHARED = frozenset({"txt_ids", "img_ids", "cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"})
+SHARED = frozenset({"txt_ids", "img_ids", "image_rotary_emb", "rotary_embedding"})
 """Arguments whose tensors belong to no sample."""
+
+ATTENTION = frozenset({"cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"})
+"""Arguments that hold arguments of the attention layers by name."""
+
+ATTENTION_PER_SAMPLE = frozenset({"ip_adapter_image_embeds", "ip_hidden_states", "temb", "gligen"})
+"""Those among them that hold the guidance batch in dimension 0."""
+
+ATTENTION_SHARED = frozenset({"ip_adapter_masks"})
+"""Those among them that belong to no sample."""
 
 
 def find_latents(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -82,14 +102,26 @@ def split_batch(
             raise ValueError(f"cfg 2 cannot halve a tensor of shape {tuple(tensor.shape)} along a batch of {batch}.")
         return tensor.chunk(2)[half]
 
+    def split(name: str, value: Any, per_sample: frozenset[str], shared: frozenset[str]) -> Any:
+        if name in per_sample:
+            return tree_map_only(torch.Tensor, halve, value)
+        if name not in shared and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            raise ValueError(
+                f"cfg 2 does not know whether the denoiser's argument {name!r} holds the guidance batch: take cfg 1."
+            )
+        return value
+
     for name, value in bound.arguments.items():
-        if name in PER_SAMPLE:
-            bound.arguments[name] = tree_map_only(torch.Tensor, halve, value)
-        elif isinstance(value, torch.Tensor) and name not in SHARED:
-            if name != "timestep":
-                raise ValueError(f"cfg 2 does not know whether the denoiser's argument {name!r} holds the batch.")
+        if name == "timestep":
             # one timestep for all, or one a sample
-            bound.arguments[name] = value if value.numel() == 1 else halve(value)
+            is_one = not isinstance(value, torch.Tensor) or value.numel() == 1
+            bound.arguments[name] = value if is_one else halve(value)
+        elif name in ATTENTION and value is not None:
+            bound.arguments[name] = {
+                key: split(key, each, ATTENTION_PER_SAMPLE, ATTENTION_SHARED) for key, each in value.items()
+            }
+        else:
+            bound.arguments[name] = split(name, value, PER_SAMPLE, SHARED)
     return bound.args, bound.kwargs
 
 

@@ -53,6 +53,8 @@ class Trajectory:
         """Number of the denoiser call in work among those of its step, from 0."""
         self.first_index = 0
         """Index in `timesteps` of the sample's first step: above 0 where a pipeline runs only a part of them."""
+        self._starts = [0]
+        """What `first_index` may be, as far as the calls so far tell."""
         self._signature = inspect.signature(denoiser.forward)
         # at once: `scheduler.step(denoiser(...), ...)` looks `step` up before the first denoiser call
         self._wrap(scheduler())
@@ -94,24 +96,38 @@ class Trajectory:
         if scheduler.timesteps is not self.timesteps:
             self.timesteps = scheduler.timesteps
             self.position = self.call = self._next_call = 0
-            self.first_index = self._find_first_index(scheduler, args, kwargs)
+            self._starts = self._possible_starts(scheduler, args, kwargs)
+            self.first_index = self._starts[0]
             for listener in list(self._listeners):
                 listener.on_sample_begin(self)
+        elif len(self._starts) > 1 and self._next_call == 0:
+            self._narrow_starts(args, kwargs)
         self.call = self._next_call
         self._next_call += 1
         for listener in list(self._listeners):
             listener.on_denoiser_call(self)
 
-    def _find_first_index(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Where a pipeline starts amid the timesteps (strength < 1)."""
+    def _possible_starts(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+        """Where a pipeline may start amid the timesteps (strength < 1)."""
         if hasattr(scheduler, "begin_index"):
-            return scheduler.begin_index or 0
-        # DDIM, DDPM and PNDM are not told: only the first call's timestep shows it
+            return [scheduler.begin_index or 0]
+        # DDIM, DDPM and PNDM are not told: only the first calls' timesteps show it
+        return self._find_timestep(args, kwargs) or [0]
+
+    def _narrow_starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Leaves out starts that a later call's timestep does not fit: PNDM repeats its second one."""
+        found = self._find_timestep(args, kwargs)
+        self._starts = [start for start in self._starts if start + self.position in found] or self._starts[:1]
+        self.first_index = self._starts[0]
+
+    def _find_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+        """Positions among the timesteps of the one that a call is given."""
+        assert self.timesteps is not None
         given = self._signature.bind(*args, **kwargs).arguments.get("timestep")
         if given is None:
-            return 0
-        found = (self.timesteps == torch.as_tensor(given, device=self.timesteps.device).flatten()[0]).nonzero()
-        return int(found[0]) if len(found) else 0
+            return []
+        same = self.timesteps == torch.as_tensor(given, device=self.timesteps.device).flatten()[0]
+        return same.nonzero().flatten().tolist()
 
     def _wrap(self, scheduler: Any) -> None:
         counted = _CountedStep(scheduler, self._after_step)

@@ -92,7 +92,21 @@ def test_nested_arguments():
     residuals = argument(controlled, *split, "down_block_additional_residuals")
     assert isinstance(residuals, tuple)
     assert [tuple(residual.shape) for residual in residuals] == [(1, 4, 8, 8), (1, 4, 4, 4)]
-    assert argument(controlled, *split, "cross_attention_kwargs") is kwargs["cross_attention_kwargs"]
+    assert argument(controlled, *split, "cross_attention_kwargs") == kwargs["cross_attention_kwargs"]
+
+
+@pytest.mark.parametrize(("half", "expected"), [(0, [0, 1]), (1, [2, 3])])
+def test_attention_arguments(half, expected):
+    """SD3's and FLUX's IP-Adapters and GLIGEN hide their part of the batch in them."""
+    given = {"ip_adapter_image_embeds": [rows(4, 1, 8)], "gligen": {"boxes": rows(4, 3, 4)}, "scale": 0.7}
+    args, kwargs = call(
+        controlled,
+        {"sample": rows(4, 4, 8, 8), "encoder_hidden_states": rows(4, 5, 8), "cross_attention_kwargs": given},
+    )
+    found = argument(controlled, *split_batch(controlled, args, kwargs, half), "cross_attention_kwargs")
+    assert found["ip_adapter_image_embeds"][0][:, 0, 0].tolist() == expected
+    assert found["gligen"]["boxes"][:, 0, 0].tolist() == expected
+    assert found["scale"] == 0.7
 
 
 def test_position_tables_are_never_split():
@@ -112,7 +126,9 @@ def test_the_callers_arguments_stay_whole():
     [
         ({"sample": rows(3, 4, 8, 8)}, "called with a batch of 3: turn guidance on .* or take cfg 1"),
         ({"sample": rows(1, 4, 8, 8)}, "called with a batch of 1"),
-        ({"strange": rows(2, 4)}, "does not know whether the denoiser's argument 'strange' holds the batch"),
+        ({"strange": rows(2, 4)}, "does not know whether the denoiser's argument 'strange' holds the guidance batch"),
+        ({"strange": [rows(2, 4)]}, "argument 'strange'"),
+        ({"cross_attention_kwargs": {"odd": rows(2, 4)}}, "argument 'odd'"),
         ({"encoder_hidden_states": rows(3, 5, 8)}, r"cannot halve a tensor of shape \(3, 5, 8\) along a batch of 2"),
     ],
 )

@@ -143,6 +143,14 @@ def test_a_start_amid_the_timesteps(name, config, start, first, left):
     assert house.trajectory.first_index == 0
 
 
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_a_start_at_a_timestep_that_is_repeated(start):
+    """The first call of PNDM does not tell which of the two it is; the second does."""
+    house = House(diffusers.PNDMScheduler(skip_prk_steps=True))
+    house.sample(10, start=start)
+    assert (house.trajectory.first_index, house.trajectory.num_steps) == (start, 11 - start)
+
+
 def test_another_scheduler():
     house = House(diffusers.DDIMScheduler())
     first = house.scheduler

@@ -26,7 +26,7 @@ def shared_traces() -> Iterator[None]:
 
 def _trace_once(twin: nn.Module, args: tuple, kwargs: dict, latents: torch.Tensor) -> Graph:
     leaves, spec = tree_flatten((args, kwargs))
-    inputs = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
+    inputs = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     weights = tuple((name, weight.shape, weight.dtype) for name, weight in twin.named_parameters())
     key = type(twin), weights, inputs, spec
     if key not in _KNOWN:

@@ -31,6 +31,8 @@ class Stream:
     next_position: int | None = None
     """Step at which it must be called next for its stale values to be of the step before; None in a new sample."""
     program: Program | None = None
+    is_whole: bool = False
+    """Whether the call in work is given to both groups of a guidance axis whole, since it has no guidance batch."""
     workers: list[list[Worker]] = field(default_factory=list)
     """For each half of the guidance batch that this process computes, its stage ranks."""
     exchanges: list[Exchange | LocalExchange] = field(default_factory=list)

@@ -18,13 +18,13 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
-from asyncdiff_pl.parallel.guidance import join_halves, split_batch
+from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
 from asyncdiff_pl.parallel.layout import Layout
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
-from asyncdiff_pl.parallel.stages.timestep import with_timestep
+from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
 from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
@@ -90,6 +90,7 @@ class StagePipeline(TrajectoryListener):
         self.exact_steps = 0
         """Steps of the sample in work, or of the last one, that were computed exactly."""
         self._last_exact: int | None = None
+        self._first_batch = 0
         self._sent_before = 0
         self._programs: dict[Any, Program] = {}
         self._streams: dict[int, Stream] = {}
@@ -162,23 +163,35 @@ class StagePipeline(TrajectoryListener):
 
     def _run_denoiser(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stream = self._streams.setdefault(self.trajectory.call, Stream())
-        inputs = [self._half_of(args, kwargs, half) for half in self.halves]
+        stream.is_whole = self._is_without_guidance(args, kwargs)
+        # without guidance both groups compute the same; one process that plays them computes it once
+        halves_here = self.halves[:1] if stream.is_whole else self.halves
+        inputs = [self._half_of(stream, args, kwargs, half) for half in halves_here]
         self._prepare(stream, inputs[0])
         step = self.trajectory.position - stream.begins
         num_steps = self.trajectory.num_steps - stream.begins
         plan = self._plan(stream, step, num_steps)
         if plan.is_exact:
             halves = self._exact(stream, plan, step, call, inputs)
-            if self.exchange is not None and self.settings.layout.cfg == 2:
+            if self.exchange is not None and self.settings.layout.cfg == 2 and not stream.is_whole:
                 halves = self.exchange.gather_halves(halves[0])
         else:
-            self.asynchronous_steps += 1
+            self.asynchronous_steps += self.trajectory.call == 0
             halves = self._asynchronous(stream, plan, call, inputs)
         assert stream.result is not None
         return tree_unflatten(_into(join_halves(halves), stream.result[0]), stream.result[1])
 
-    def _half_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Inputs:
+    def _is_without_guidance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has no guidance batch, unlike the sample's first: guidance ended, or never belonged to it."""
         if self.settings.layout.cfg == 1:
+            return False
+        batch = find_latents(self._forward, args, kwargs).shape[0]
+        if self.trajectory.position == self.trajectory.call == 0:
+            self._first_batch = batch
+        return 2 * batch == self._first_batch
+
+    def _half_of(self, stream: Stream, args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Inputs:
+        if self.settings.layout.cfg == 1 or stream.is_whole:
             return args, kwargs
         return split_batch(self._forward, args, kwargs, half)
 
@@ -287,14 +300,15 @@ class StagePipeline(TrajectoryListener):
         output_rank = stream.program.boundary.output_stage
         ahead, halves = stream.ahead, []
         # what the output stage made for the next step; only its rank has it
-        stream.ahead = [made.get((at, output_rank), []) for at in range(len(self.halves))]
-        for at in range(len(self.halves)):
+        computed = range(1 if stream.is_whole else len(self.halves))
+        stream.ahead = [made.get((at, output_rank), []) for at in computed]
+        for at in computed:
             halves.append(made.get((at, plan.estimate_from), []) if plan.is_new else ahead[at])
         if self.exchange is None:
             return halves
         own, layout = halves[0], self.settings.layout
         halves = []
-        for half in range(layout.cfg):
+        for half in range(1 if stream.is_whole else layout.cfg):
             assert stream.result is not None
             if half == self.half and plan.estimate_from == self.rank:
                 tensors = [tensor.contiguous() for tensor in own]
@@ -319,12 +333,12 @@ class StagePipeline(TrajectoryListener):
             for worker in [worker for half in stream.workers for worker in half]:
                 worker.settle()
         stream.next_position = position + 1
-        leaves, spec = tree_flatten(inputs)
-        tensors = tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else None for x in leaves)
-        signature = (tensors, spec)
+        leaves, spec = tree_flatten(without_timestep(self._forward, *inputs))
+        # a whole batch looks like a half of one twice its size, but what is stale is another thing
+        signature = (tuple(_what_is_traced(leaf) for leaf in leaves), spec, stream.is_whole)
         if stream.signature == signature:
             return
-        if position > stream.begins:
+        if position > stream.begins and self.settings.layout.stages > 1:
             warnings.warn(
                 f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
                 stacklevel=2,
@@ -386,3 +400,11 @@ def _into(tensors: list[torch.Tensor], leaves: list[Any]) -> list[Any]:
     """Puts tensors, in order, where a result has tensors."""
     rest = iter(tensors)
     return [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+
+def _what_is_traced(leaf: Any) -> Any:
+    """What of a denoiser's argument decides which units run, and on what shapes."""
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.dtype, leaf.device
+    # numbers that a tensor is multiplied by may be others in each step
+    return leaf if isinstance(leaf, bool | int | str) else None

@@ -43,3 +43,15 @@ def with_timestep(
         given = type(given)(other.item())
     bound.arguments["timestep"] = given
     return bound.args, bound.kwargs
+
+
+def without_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A denoiser's arguments by name, all but the timestep.
+
+    Args:
+        forward: The denoiser's own forward, whose signature names the arguments.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of that call.
+    """
+    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+    return {name: value for name, value in bound.items() if name != "timestep"}
