@@ -18,6 +18,7 @@ from typing_extensions import override
 from asyncdiff_pl.callbacks.roles import SampleCount, gather, is_leader, log_folder, tensorboard
 from asyncdiff_pl.callbacks.sample_table import cell, read_table, write_table
 from asyncdiff_pl.models.base import Prediction
+from asyncdiff_pl.parallel import Parallel
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Stopwatch(TrajectoryListener):
     def __init__(self, device: torch.device, handle: Parallel | None = None) -> None:
         self.on_gpu = device.type == "cuda"
         self.exact_steps: list[int] = []
-        """Exact steps of each run since the last reading, in order; empty where all steps of all runs are exact."""
+        """Exact steps of each run since the last reading, in order; empty where there are no stages to be exact."""
         self._handle = handle if handle is not None and handle.layout.stages > 1 else None
         self._runs: list[list[Any]] = []
 
@@ -94,6 +95,8 @@ class Moments(NamedTuple):
 class StepLatency(Callback):
     """Sets `step_latency_ms` of each prediction, its mean time of a step in ms, and logs every step.
 
+    With stages it sets `exact_steps` as well, how many of the steps were computed exactly (warm-up and refreshes).
+
     TensorBoard shows, of rank 0's data group, the histogram `step_latency_ms/steps=<n>` and the seconds of each call,
     `call_seconds/steps=<n>`; at the end, of all data groups, the curve over the steps,
     `step_latency_ms/curve/steps=<n>`. The curve is in `latency.csv` too. Samples that are not timed are left out of all
@@ -113,7 +116,7 @@ class StepLatency(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stopwatch = Stopwatch(pl_module.device)
+        self._stopwatch = Stopwatch(pl_module.device, getattr(trainer.strategy, "handle", None))
         pl_module.trajectory.subscribe(self._stopwatch)
 
     @override
@@ -135,11 +138,14 @@ class StepLatency(Callback):
     ) -> None:
         assert self._stopwatch is not None
         writer = tensorboard(trainer)
-        for predictions, times in assign(outputs, self._stopwatch.read()):
+        exact_steps = self._stopwatch.exact_steps
+        for run, (predictions, times) in enumerate(assign(outputs, self._stopwatch.read())):
             if predictions[0].timed and is_leader(trainer):
                 self._times[predictions[0].steps].append(times)
             for prediction in predictions:
                 prediction.metrics["step_latency_ms"] = float(np.mean(times))
+                if exact_steps:
+                    prediction.metrics["exact_steps"] = exact_steps[run]
                 number = self._count.next(trainer, prediction.steps)
                 if writer is not None and prediction.timed:
                     writer.add_histogram(f"step_latency_ms/steps={prediction.steps}", np.array(times), number)
