@@ -19,6 +19,7 @@ from asyncdiff_pl.data.sample import UnreadableSample
 from asyncdiff_pl.metrics import frechet
 from asyncdiff_pl.metrics.networks import MissingNetwork
 from asyncdiff_pl.models.base import Prediction
+from asyncdiff_pl.models.features import check_features, load_features
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class FrechetDistance(Callback):
             raise ValueError(f"There is no folder {self.real} of real pictures; give one that exists.")
         if len(pictures_in(self.real)) < 2:
             raise ValueError(f"{self.real} holds fewer than 2 pictures; give a folder of real pictures.")
-        frechet.check_features(self.features)
+        check_features(self.features)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -98,7 +99,7 @@ class FrechetDistance(Callback):
             self._load(trainer)
 
     def _load(self, trainer: Trainer) -> None:
-        self._column, self._network = frechet.load_features(self.features)
+        self._column, self._network = load_features(self.features)
         self._network.to(trainer.strategy.root_device)
         # tells now, not after the run, that torchmetrics' metric cannot be had
         frechet.FrechetDistance(self._network)

@@ -68,24 +68,21 @@ class ReferenceMetrics(Callback):
         self.check()
         if self.lpips is None:
             return
+        problem = None
         try:
             # the first rank of each node goes first, so that a download happens once a node
             if trainer.local_rank == 0:
                 self._network = load_lpips(self.lpips)
         except MissingNetwork as error:
-            if trainer.is_global_zero:
-                log.warning("There will be no LPIPS: %s.", error)
-        trainer.strategy.barrier("ReferenceMetrics")
-        if not is_leader(trainer):
+            problem = str(error)
+        # all ranks do the same, or a part of the samples would have the column
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None and trainer.is_global_zero:
+            log.warning("There will be no LPIPS: %s.", problem)
+        if problem is not None or not is_leader(trainer):
             self._network = None
-            return
-        if trainer.local_rank != 0:
-            try:
-                self._network = load_lpips(self.lpips)
-            except MissingNetwork:
-                return  # the first rank has said so
-        if self._network is not None:
-            self._network.to(trainer.strategy.root_device)
+        else:
+            self._network = (self._network or load_lpips(self.lpips)).to(trainer.strategy.root_device)
 
     @override
     def on_predict_batch_end(

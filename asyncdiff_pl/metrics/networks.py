@@ -31,3 +31,8 @@ def fetch_weights(url: str, what: str) -> dict[str, Tensor]:
             f"{what} could not be fetched ({' '.join(str(error).split())}); give the path of a local copy of "
             f"{url.rpartition('/')[2]}"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

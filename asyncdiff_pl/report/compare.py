@@ -83,6 +83,8 @@ def compare(
     """
     if labels is not None and len(labels) != 2:
         raise ValueError(f"labels are {labels}; give two, one for each folder.")
+    if Path(output).is_file():
+        raise ValueError(f"output is {output}, which is a file; give a folder.")
     if rows < 1:
         raise ValueError(f"rows is {rows}; give a number of samples from 1 up.")
     names = labels or [None, None]

@@ -16,6 +16,7 @@ from asyncdiff_pl.metrics.paired import Mean
 from asyncdiff_pl.metrics.ssim import WINDOW
 from asyncdiff_pl.metrics.text_image import TextImageScore
 from asyncdiff_pl.models.clip import check_clip, is_random, load_clip
+from asyncdiff_pl.models.features import load_features
 from asyncdiff_pl.report.picture_sets import Key, PictureSet
 
 TIMES = {"seconds": "seconds a sample", "step_latency_ms": "ms a step"}
@@ -46,7 +47,7 @@ def load_tools(lpips: str | None, features: str | None, clip: str | None, device
 
     Args:
         lpips: Source of LPIPS' weights; see `metrics.lpips.load_lpips`.
-        features: Network of the Fréchet distance; see `metrics.frechet.load_features`.
+        features: Network of the Fréchet distance; see `models.features.load_features`.
         clip: CLIP model that scores.
         device: Where they compute.
 
@@ -72,7 +73,7 @@ def load_tools(lpips: str | None, features: str | None, clip: str | None, device
         tools.notes.append(f"no LPIPS: {error}")
     try:
         if features is not None:
-            name, network = frechet.load_features(features)
+            name, network = load_features(features)
             frechet.FrechetDistance(network)
             tools.features = (name, network.to(device))
     except MissingNetwork as error:

@@ -54,11 +54,18 @@ class PictureSet:
         return list(dict.fromkeys(steps for steps, _ in self.files))
 
     def sizes(self) -> set[tuple[int, int]]:
-        """Sizes of the pictures as they are: of the first frame of each sample."""
+        """Sizes of the pictures as they are: of the first frame of each sample.
+
+        Raises:
+            ValueError: A file is no picture.
+        """
         found = set()
-        for files in self.files.values():
-            with Image.open(files[0]) as picture:
-                found.add(picture.size)
+        for path, *_ in self.files.values():
+            try:
+                with Image.open(path) as picture:
+                    found.add(picture.size)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read; remove it from {self.folder}.") from error
         return found
 
     def frames(self, key: Key) -> list[Image.Image]:

@@ -178,6 +178,8 @@ def test_networks_that_cannot_be_had_leave_their_column_out(runs, tmp_path, monk
         (["{a}", "{large}"], r"The frames of .*one are 48x32 and those of .*large 64x32 pixels; compare"),
         (["{a}", "{empty}"], "holds no pictures; give another folder"),
         (["{a}", "{b}", "--rows", "0"], "rows is 0; give a number of samples from 1 up"),
+        (["{a}", "{b}", "--output", "{a}/samples.csv"], "samples.csv, which is a file; give a folder"),
+        (["{a}", "{broken}"], r"1.png cannot be read; remove it from"),
         (["{a}", "{b}", "--rows", "x"], "rows is x; it must be int"),
         (["{a}", "{b}", "--labels", "[x]"], "give two, one for each folder"),
         (["{a}", "{b}", "--device", "tpu9"], "device is tpu9, which torch does not find here"),
@@ -197,7 +199,10 @@ def test_bad_input_is_told_in_one_sentence(runs, tmp_path, monkeypatch, argument
         "other": write_run(tmp_path / "other", ids=("x",)),
         "large": write_run(tmp_path / "large", size=(64, 32)),
         "empty": str(tmp_path / "empty"),
+        "broken": str(tmp_path / "broken"),
     }
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=sentence) as error:
         run_compare([argument.format(**places) for argument in arguments])
     assert "\n" not in str(error.value)
