@@ -30,12 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image, ImageDraw
+from benchmark_inputs import made_up_data
 
 from asyncdiff_pl.cli.overview import find_config
-from asyncdiff_pl.data.prompts import PICTURES
-from asyncdiff_pl.models.loading import ARCHITECTURES, MODELS_FOLDER, find_folder, read_json
-from asyncdiff_pl.models.random_weights import component_class
 from asyncdiff_pl.parallel import Layout
 
 COLUMNS = {
@@ -48,7 +45,6 @@ COLUMNS = {
 }
 """Figures of the Markdown table, and their names in the CSV file."""
 
-PROMPT = "a black dog runs over a red bridge in the snow"
 RANKS = Path(__file__).with_name("benchmark_ranks.py")
 
 FINISHED = "finished"
@@ -100,7 +96,7 @@ def main() -> None:
     logs = options.logs or Path(tempfile.mkdtemp(prefix="benchmark-"))
     names = ["1"] if options.sequential else options.layouts
     try:
-        jobs = [_job(config, name, options, overrides, logs) for config in options.configs for name in names]
+        jobs = [make_job(config, name, options, overrides, logs) for config in options.configs for name in names]
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"| config | layout | GPUs | steps | {' | '.join(COLUMNS)} |")
@@ -124,7 +120,7 @@ def parse_layout(name: str) -> Layout:
     return Layout(stages=int(found[2]), stride=int(found[3] or 1), cfg=int(found[1] or 1))
 
 
-def _job(config: str, name: str, options: argparse.Namespace, overrides: list[str], logs: Path) -> Job:
+def make_job(config: str, name: str, options: argparse.Namespace, overrides: list[str], logs: Path) -> Job:
     settings = yaml.safe_load(Path(find_config(config)).read_text(encoding="utf-8"))
     strategy = settings["trainer"]["strategy"]["init_args"]
     if name:
@@ -141,71 +137,15 @@ def _job(config: str, name: str, options: argparse.Namespace, overrides: list[st
     if (folder / "results.csv").exists():
         raise ValueError(f"{folder} holds a run; give another folder as --logs.")
     settings["model"]["init_args"] |= {"weights": "random", "variant": None}
-    settings["data"] = _made_up(settings, options.samples * groups, overrides, folder)
+    inputs = folder.with_name(f"{folder.name}-inputs")
+    settings["data"] = made_up_data(settings, options.samples * groups, overrides, inputs)
     settings["trainer"] |= {"accelerator": options.accelerator, "devices": ranks}
     settings["trainer"]["logger"]["init_args"] |= {"save_dir": str(logs), "name": plain, "version": folder.name}
     settings |= {"clip_score": {"model": None}, "frame_writer": {"png": False, "animation": "none"}}
+    logs.mkdir(parents=True, exist_ok=True)
     file = logs / f"{plain}-{folder.name}.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return Job(plain, name, layout, ranks, ["predict", "--config", str(file), *overrides], folder)
-
-
-def _made_up(settings: dict[str, Any], samples: int, overrides: list[str], folder: Path) -> dict[str, Any]:
-    """Settings of data of the same kind and size as a config's own, without any file of the user's."""
-    data, model = settings["data"]["init_args"], settings["model"]["init_args"]
-    if settings["data"]["class_path"].endswith("ClassLabels"):
-        return settings["data"] | {"init_args": {"labels": list(range(samples))}}
-    size = {name: data.get(name) or model.get(name) for name in ("height", "width")}
-    inputs = folder.with_name(f"{folder.name}-inputs")
-    inputs.mkdir(parents=True, exist_ok=True)
-    pictures = {}
-    for name in _pictures(settings["model"], overrides):
-        picture = Image.new("RGB", (size["width"], size["height"]), "black")
-        corner = (size["width"] // 2, size["height"] // 2)
-        ImageDraw.Draw(picture).rectangle(((0, 0), corner), fill="white")
-        picture.save(inputs / f"{name}.png")
-        pictures[name] = f"{name}.png"
-    rows = [json.dumps({"id": str(number), "prompt": PROMPT, **pictures}) for number in range(samples)]
-    (inputs / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    path = {"path": str((inputs / "prompts.jsonl").resolve())}
-    return {"class_path": "asyncdiff_pl.data.PromptFile", "init_args": path | (size if pictures else {})}
-
-
-def _pictures(model: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Which pictures a model's pipeline is called with."""
-    from asyncdiff_pl.models.call import CallTemplate
-
-    module, _, name = model["class_path"].rpartition(".")
-    if name == "VideoPredictor":
-        return ["image"]
-    assert name == "PipelinePredictor" and module == "asyncdiff_pl.models", model["class_path"]
-    arguments = model["init_args"]
-    pretrained = _override(overrides, "--model.pretrained") or arguments["pretrained"]
-    pipeline = arguments.get("pipeline")
-    if pipeline is None:
-        folder = find_folder(pretrained) or MODELS_FOLDER / ARCHITECTURES[pretrained][0]
-        pipeline = read_json(folder, "model_index.json", "a diffusers pipeline's folder")["_class_name"]
-    template = CallTemplate(component_class("diffusers", pipeline), arguments.get("call", {}))
-    taken = []
-    for picture in PICTURES:
-        try:
-            template.check_inputs([picture])
-        except ValueError:
-            continue
-        taken.append(picture)
-    if "control_image" in taken and "control_image" not in template.defaults:
-        # `image` is what ControlNet looks at
-        taken.remove("image")
-    return [picture for picture in taken if picture != "ip_adapter_image"]
-
-
-def _override(overrides: list[str], name: str) -> str | None:
-    for at, argument in enumerate(overrides):
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-        if argument == name:
-            return overrides[at + 1]
-    return None
 
 
 # -- running it -------------------------------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def build_random_pipeline(
             shared = recipe.get(name, "").partition("/")[0]
             source = MODELS_FOLDER / "components" / shared if shared else folder / name
             parts[name] = component.from_pretrained(source)
-    return pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
+    # AnimateDiff's makes a network of two others, whose weights it takes: those that it starts with need no drawing
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        return pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
 
 
 def build_random_model(
