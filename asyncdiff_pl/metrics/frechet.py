@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from asyncdiff_pl.metrics.frames import to_bytes
 from asyncdiff_pl.metrics.networks import MissingNetwork, first_line
 
+SIDE = 299
+"""Height and width in pixels of the picture that tells a network's number of features."""
+
 BATCH = 32
 """Pictures that the network gets at once."""
 
@@ -38,6 +41,12 @@ class FrechetDistance(nn.Module):
         # a torchvision built for another torch fails with any of these
         except (ImportError, RuntimeError, OSError) as error:
             raise MissingNetwork(f"torchmetrics' Fréchet distance cannot be imported ({first_line(error)})") from error
+        if not hasattr(network, "num_features"):
+            # torchmetrics would find out with a picture on the CPU, wherever the network is
+            tensors = itertools.chain(network.parameters(), network.buffers(), [torch.empty(0)])
+            pictures = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=next(tensors).device)
+            with torch.no_grad():
+                network.num_features = network(pictures).shape[-1]
         # ranks' sums are brought together by whoever needs them: not all ranks have pictures
         self._metric = FrechetInceptionDistance(network, sync_on_compute=False)
 
