@@ -239,7 +239,7 @@ def save_small_lora(folder, unet=None, name="pytorch_lora_weights.safetensors"):
         if path.endswith(("to_q", "to_v")):
             generator = torch.Generator().manual_seed(len(tensors))
             tensors[f"unet.{path}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=generator)
-            tensors[f"unet.{path}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=generator)
+            tensors[f"unet.{path}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=generator) / 30
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / name)
     return folder

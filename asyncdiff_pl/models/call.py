@@ -63,9 +63,12 @@ class CallTemplate:
     ) -> None:
         self.name = pipeline_class.__name__
         parameters = inspect.signature(pipeline_class.__call__).parameters
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         kinds = {parameter.kind for parameter in parameters.values()}
-        self.takes_anything = inspect.Parameter.VAR_KEYWORD in kinds
-        self.defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+        # diffusers' own let unknown arguments pass and ignore them
+        is_foreign = pipeline_class.__module__.partition(".")[0] != "diffusers"
+        self.takes_anything = is_foreign and inspect.Parameter.VAR_KEYWORD in kinds
+        self.defaults = {n: p.default for n, p in parameters.items() if n != "self" and p.kind not in variable}
         """Arguments that the pipeline takes, with their defaults."""
         self.given = dict(given)
         self.num_control = num_control
@@ -131,7 +134,7 @@ class CallTemplate:
     @property
     def arguments(self) -> list[str]:
         """Arguments that a user may set."""
-        hidden = {*OWN, *MANY, "args", "kwargs"}
+        hidden = {*OWN, *MANY}
         return [name for name in self.defaults if name not in hidden and not name.startswith("callback")]
 
     @property

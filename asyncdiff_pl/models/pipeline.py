@@ -340,9 +340,7 @@ class PipelinePredictor(DiffusionPredictor):
         if isinstance(label, int) or label.isdecimal():
             number, classes = int(label), self.denoiser.config.get("num_embeds_ada_norm")
             if classes is not None and not 0 <= number < classes:
-                raise ValueError(
-                    f"The class {label} is none of {self.pretrained}'s; give a number from 0 to {classes - 1}."
-                )
+                raise ValueError(f"{self.pretrained} has no class {label}; give a number from 0 to {classes - 1}.")
             return number
         labels = getattr(self.pipeline, "labels", {})
         if label not in labels:

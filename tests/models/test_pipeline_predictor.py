@@ -1,0 +1,475 @@
+import dataclasses
+import json
+import shutil
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._pytree import tree_map
+
+from asyncdiff_pl.data.sample import Sample
+from asyncdiff_pl.models import IPAdapter, Lora, PipelinePredictor
+
+SAVED = {
+    "sd": checkpoints.save_small_sd,
+    "inpainting": checkpoints.save_small_sd_inpainting,
+    "upscaler": checkpoints.save_small_upscaler,
+    "sdxl": checkpoints.save_small_sdxl,
+    "sd3": checkpoints.save_small_sd3,
+    "flux": checkpoints.save_small_flux,
+    "dit": checkpoints.save_small_dit,
+    "controlnet": checkpoints.save_small_controlnet,
+    "controlnet2": lambda folder: checkpoints.save_small_controlnet(folder, "another"),
+    "motion": checkpoints.save_small_motion_adapter,
+    "vae": checkpoints.save_small_vae,
+    "lora": checkpoints.save_small_lora,
+    "ip_adapter": checkpoints.save_small_ip_adapter,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder of a checkpoint or of a part, saved when it is first asked for."""
+    root, saved = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def find(name):
+        if name not in saved:
+            saved[name] = str(SAVED[name](root / name))
+        return saved[name]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def predictor(place):
+    loaded = {}
+
+    def build(name="sd", **settings):
+        settings = {"num_inference_steps": 2, "dtype": "float32", **settings}
+        if "components" in settings:
+            parts = settings["components"].items()
+            found = {k: [place(x) for x in v] if isinstance(v, list) else v and place(v) for k, v in parts}
+            settings["components"] = found
+        key = (name, repr(settings))
+        if key not in loaded:
+            module = PipelinePredictor(place(name), **settings)
+            module.check()
+            module.configure_model()
+            loaded[key] = module
+        return loaded[key]
+
+    return build
+
+
+def picture(seed, width=64, height=64):
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def half_mask(width=64, height=64):
+    """White where the picture is to be redrawn: on the left."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, width // 2, height))
+    return mask
+
+
+def pixels(prediction):
+    return np.stack([np.asarray(frame.convert("RGB")) for frame in prediction.frames]).astype(int)
+
+
+def difference(first, second):
+    return np.abs(pixels(first) - pixels(second)).mean()
+
+
+def one(module, sample):
+    (prediction,) = module.predict_step([sample])
+    return prediction
+
+
+RED, BLUE = Sample("a", ("a red cube on grass",)), Sample("b", ("two dogs at night",), prompt="a blue ball")
+
+
+def with_image(sample, seed, width=64, height=64, **inputs):
+    return dataclasses.replace(sample, image=picture(seed, width, height), inputs=inputs)
+
+
+PICTURES = [with_image(RED, 1, width=80), with_image(BLUE, 2, width=80)]
+MASKED = [with_image(s, k, mask_image=half_mask()) for k, s in enumerate((RED, BLUE))]
+CONTROLLED = [with_image(s, k, control_image=picture(k + 5)) for k, s in enumerate((RED, BLUE))]
+SMALL = [with_image(s, k, width=24, height=16) for k, s in enumerate((RED, BLUE))]
+CLASSES = [Sample("a", inputs={"class_label": 2}), Sample("b", inputs={"class_label": "tench"})]
+PROMPTS = [RED, BLUE]
+
+KINDS = {
+    "sd": ("sd", {"height": 64, "width": 80}, PROMPTS, (80, 64)),
+    "sdxl": ("sdxl", {}, PROMPTS, (64, 64)),
+    "sd3": ("sd3", {"height": 64, "width": 96}, PROMPTS, (96, 64)),
+    "sd3 without T5": ("sd3", {"components": {"text_encoder_3": None}}, PROMPTS, (64, 64)),
+    "flux": ("flux", {"height": 64, "width": 96}, PROMPTS, (96, 64)),
+    "flux, true guidance": (
+        "flux",
+        {"height": 64, "width": 64, "negative_prompt": "bad", "call": {"true_cfg_scale": 4.0}},
+        PROMPTS,
+        (64, 64),
+    ),
+    "image to image": (
+        "sd",
+        {"pipeline": "StableDiffusionImg2ImgPipeline", "strength": 0.6, "num_inference_steps": 4},
+        PICTURES,
+        (80, 64),
+    ),
+    "inpainting, 9 channels": ("inpainting", {}, MASKED, (64, 64)),
+    "inpainting, 4 channels": (
+        "sd",
+        {"pipeline": "StableDiffusionInpaintPipeline", "strength": 0.75, "num_inference_steps": 4},
+        MASKED,
+        (64, 64),
+    ),
+    "upscaling": ("upscaler", {}, SMALL, (96, 64)),
+    "controlnet": (
+        "sd",
+        {"pipeline": "StableDiffusionControlNetPipeline", "components": {"controlnet": "controlnet"}},
+        PICTURES,
+        (80, 64),
+    ),
+    "two controlnets": (
+        "sd",
+        {
+            "pipeline": "StableDiffusionControlNetPipeline",
+            "components": {"controlnet": ["controlnet", "controlnet2"]},
+            "call": {"image": ["{control_image}", "{image}"]},
+        },
+        CONTROLLED,
+        (64, 64),
+    ),
+    "controlnet, image to image": (
+        "sd",
+        {"pipeline": "StableDiffusionControlNetImg2ImgPipeline", "components": {"controlnet": "controlnet"}},
+        CONTROLLED,
+        (64, 64),
+    ),
+    "animatediff": (
+        "sd",
+        {"pipeline": "AnimateDiffPipeline", "components": {"motion_adapter": "motion"}, "num_frames": 3},
+        PROMPTS,
+        (64, 64),
+    ),
+    "dit": ("dit", {}, CLASSES, (64, 64)),
+    "dit, stochastic scheduler": ("dit", {"scheduler": "ddpm"}, CLASSES, (64, 64)),
+    "stochastic scheduler": ("sd", {"scheduler": "euler_ancestral_discrete"}, PROMPTS, (64, 64)),
+    "few steps": ("sd", {"scheduler": "lcm", "guidance_scale": 1.0}, PROMPTS, (64, 64)),
+    "tiles and slices": ("sd", {"vae_tiling": True, "vae_slicing": True}, PROMPTS, (64, 64)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_pipeline_gives_the_same_pictures_alone_and_in_a_batch(predictor, kind):
+    name, settings, samples, size = KINDS[kind]
+    module = predictor(name, **settings)
+    together = module.predict_step(samples)
+    assert [p.sample for p in together] == samples
+    for sample, prediction in zip(samples, together, strict=True):
+        assert len(prediction.frames) == module.frames_per_sample == settings.get("num_frames", 1)
+        assert {frame.size for frame in prediction.frames} == {size}
+        assert pixels(prediction).std() > 10
+        assert np.abs(pixels(one(module, sample)) - pixels(prediction)).max() <= 1
+    assert difference(*together) > 5
+
+
+def test_a_picture_is_the_pipelines_own(predictor):
+    module = predictor()
+    sample = Sample("a", ("a red cube",), seed=7)
+    expected = module.pipeline("a red cube", num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[
+        0
+    ]
+    assert np.array_equal(np.asarray(expected), np.asarray(one(module, sample).frames[0]))
+
+
+def test_samples_of_one_batch_may_have_settings_of_their_own(predictor):
+    module = predictor()
+    plain = Sample("same", ("a red cube",), seed=3)
+    variants = [
+        plain,
+        dataclasses.replace(plain, id="weak", inputs={"guidance_scale": 2.0}),
+        dataclasses.replace(plain, id="other"),
+        dataclasses.replace(plain, id="without grass", inputs={"negative_prompt": "grass, green"}),
+        dataclasses.replace(plain, id="seed", seed=4),
+    ]
+    predictions = module.predict_step(variants)
+    assert [p.sample.id for p in predictions] == ["same", "weak", "other", "without grass", "seed"]
+    first, weak, same, negative, reseeded = predictions
+    assert np.abs(pixels(first) - pixels(same)).max() <= 1
+    for changed in (weak, negative, reseeded):
+        assert difference(first, changed) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({}, {"guidance_scale": 2.0}),
+        ({}, {"negative_prompt": "grass, green"}),
+        ({}, {"call": {"prompt": "{prompt}, oil on canvas"}}),
+        ({}, {"components": {"vae": "vae"}}),
+        ({}, {"scheduler": "euler_ancestral_discrete"}),
+        ({"pipeline": "StableDiffusionImg2ImgPipeline", "strength": 0.5}, {"strength": 1.0}),
+        (
+            {"pipeline": "StableDiffusionControlNetPipeline", "components": {"controlnet": "controlnet"}},
+            {"call": {"controlnet_conditioning_scale": 0.0}},
+        ),
+    ],
+)
+def test_a_setting_takes_effect(predictor, settings, more):
+    sample = PICTURES[0]
+    assert difference(one(predictor(**settings), sample), one(predictor(**{**settings, **more}), sample)) > 1
+
+
+def test_only_what_the_mask_shows_is_redrawn(predictor):
+    name, settings, samples, _ = KINDS["inpainting, 4 channels"]
+    module = predictor(name, **settings)
+    left, right = (
+        dataclasses.replace(samples[0], inputs={"mask_image": mask})
+        for mask in (half_mask(), half_mask().transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    )
+    drawn = [pixels(one(module, sample))[0] for sample in (left, right)]
+    # what a random autoencoder makes of the picture itself
+    kept = pixels(one(module, dataclasses.replace(left, inputs={"mask_image": Image.new("L", (64, 64))})))[0]
+    changes = [np.abs(result - kept) for result in drawn]
+    # the random autoencoder lets some of it through to the other side
+    assert changes[0][:, :24].mean() > 1.3 * changes[0][:, 40:].mean()
+    assert changes[1][:, 40:].mean() > 1.3 * changes[1][:, :24].mean()
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_changes_the_picture_by_its_weight(predictor, place):
+    pytest.importorskip("peft")
+    plain = one(predictor(), RED)
+    changes = [difference(plain, one(predictor(lora=[Lora(place("lora"), w)]), RED)) for w in (0.0, 0.5, 1.0)]
+    assert changes[0] < 1e-3
+    assert 1 < changes[1] < changes[2]
+    # nothing of it is left in the network's structure: a stage is cut as without
+    names = dict(predictor().denoiser.named_modules()).keys()
+    assert dict(predictor(lora=[Lora(place("lora"), 1.0)]).denoiser.named_modules()).keys() == names
+    # two add up
+    two = one(predictor(lora=[Lora(place("lora"), 0.5)] * 2), RED)
+    assert difference(two, one(predictor(lora=[Lora(place("lora"), 1.0)]), RED)) < 1
+
+
+def test_an_ip_adapter_changes_the_picture(predictor, place):
+    adapter = IPAdapter(place("ip_adapter"), "models", "ip-adapter.safetensors")
+    module = predictor(ip_adapter=adapter)
+    samples = [dataclasses.replace(RED, inputs={"ip_adapter_image": picture(seed)}) for seed in (1, 2)]
+    first, second = module.predict_step(samples)
+    assert difference(first, second) > 1
+    assert difference(first, one(predictor(ip_adapter=dataclasses.replace(adapter, scale=0.0)), samples[0])) > 1
+    with pytest.raises(ValueError, match="Sample a has no ip_adapter_image, which StableDiffusionPipeline takes"):
+        module.predict_step([RED])
+
+
+# -- what is known early ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("sd", {}, True),
+        ("sd", {"guidance_scale": 1.0}, False),
+        ("sd3", {}, True),
+        ("flux", {}, False),
+        ("dit", {}, True),
+        ("dit", {"call": {"guidance_scale": 1.0}}, False),
+    ],
+)
+def test_guidance_is_known_early(place, name, settings, expected):
+    assert PipelinePredictor(place(name), **settings).is_guided is expected
+
+
+def test_of_a_hub_name_little_is_known_early():
+    module = PipelinePredictor("owner/name")
+    module.check()
+    assert module.is_guided is module.size_multiple is module.example_call(64, 64) is None
+    assert module.frames_per_sample == 1
+    module = PipelinePredictor("owner/name", pipeline="AnimateDiffPipeline", components={"motion_adapter": "a/b"})
+    module.check()
+    assert module.is_guided
+    assert module.frames_per_sample == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "data", "expected"),
+    [
+        ("sd", {}, (512, 1024), (64, 64)),
+        ("sd", {"height": 128, "width": 64}, (512, 1024), (128, 64)),
+        ("sd", {"pipeline": "StableDiffusionImg2ImgPipeline"}, (512, 1024), (512, 1024)),
+        ("upscaler", {}, (16, 24), (64, 96)),
+        ("flux", {}, (None, None), (1024, 1024)),
+    ],
+)
+def test_the_size_of_the_results_is_known_early(place, name, settings, data, expected):
+    assert PipelinePredictor(place(name), **settings).picture_size(*data) == expected
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "dit", "upscaler"])
+def test_the_example_call_is_the_pipelines_call(predictor, place, name):
+    size = {} if name in ("dit", "upscaler") else {"height": 64, "width": 64}
+    module = predictor(name, **size)
+    calls = []
+    hook = module.denoiser.register_forward_pre_hook(
+        lambda unet, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    module.predict_step([{"dit": CLASSES[0], "upscaler": with_image(RED, 1, 16, 16)}.get(name, RED)])
+    hook.remove()
+    twin, args, kwargs = module.example_call(64, 64)
+
+    def shapes(value):
+        return tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, torch.Tensor) else x, value)
+
+    if name in ("sd", "sdxl", "upscaler"):
+        # timesteps are of the scheduler's own format
+        calls[0] = ((calls[0][0][0],), calls[0][1])
+        args = args[:1]
+    else:
+        args, kwargs = tree_map(lambda x: x, (args, kwargs))
+        calls[0][1].pop("timestep"), kwargs.pop("timestep")
+    assert shapes((args, kwargs)) == shapes(calls[0])
+    assert shapes(dict(twin.state_dict())) == shapes(dict(module.denoiser.state_dict()))
+    assert {p.device.type for p in twin.parameters()} == {"meta"}
+
+
+CONTROLNET = "StableDiffusionControlNetPipeline"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "sd",
+            {"call": {"gudance_rescale": 1}},
+            r"takes no gudance_rescale \(but guidance_rescale\): it takes prompt",
+        ),
+        ("sd", {"strength": 0.5}, "StableDiffusionPipeline takes no strength: it takes prompt, height"),
+        ("sd", {"num_frames": 8}, "StableDiffusionPipeline takes no num_frames"),
+        ("dit", {"negative_prompt": "bad"}, "DiTPipeline takes no negative_prompt: it takes class_labels, guidance"),
+        ("sd", {"call": {"generator": 1}}, "the module itself gives generator"),
+        ("sd", {"call": {"num_images_per_prompt": 2}}, "leave it out and set images_per_prompt of the data"),
+        ("sd", {"height": 100}, "height is 100 pixels; .* takes multiples of 8"),
+        ("sd3", {"width": 72}, "width is 72 pixels; .* takes multiples of 16"),
+        ("sd", {"pipeline": CONTROLNET}, "lacks controlnet to be a StableDiffusionControlNetPipeline; .* `components`"),
+        (
+            "sd",
+            {"components": {"controlnet": "a/b"}},
+            "StableDiffusionPipeline has no controlnet: it has vae, ",
+        ),
+        ("sd", {"components": {"vae": "./nowhere"}}, "components.vae is ./nowhere, which is no folder"),
+        ("sd", {"components": {"unet": "a/b"}}, "components names the denoiser itself"),
+        ("sd", {"lora": [Lora("./nowhere")]}, "lora names ./nowhere, which is not there"),
+        ("sd", {"lora": [Lora("owner/name")]}, "The LoRA owner/name is on the hub; name its file as `weight_name`"),
+        ("dit", {"ip_adapter": IPAdapter("a/b", "c", "d")}, "DiTPipeline takes no ip_adapter"),
+        ("sd", {"pipeline": "StableCascadePriorPipeline"}, "lacks .* to be a StableCascadePriorPipeline"),
+        ("sd", {"scheduler": "eulr"}, "There is no scheduler eulr"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_is_loaded(place, name, settings, message):
+    if "lora" in settings:
+        pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=message) as caught:
+        PipelinePredictor(place(name), **settings).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pipeline": "StableDifusionPipeline"},
+            "There is no pipeline StableDifusionPipeline; take StableDiffusion",
+        ),
+        ({"pipeline": "UNet2DModel"}, "There is no pipeline UNet2DModel"),
+        ({"pretrained": "./nowhere"}, "There is no folder ./nowhere"),
+        ({"offload": "model"}, "offload is model, which would move the networks"),
+        ({"strength": 0.0}, "strength is 0.0"),
+        ({"fps": 0}, "fps is 0"),
+        ({"guidance_scale": 2.0, "call": {"guidance_scale": 3.0}}, "guidance_scale is set twice"),
+    ],
+)
+def test_bad_settings_of_any_checkpoint(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PipelinePredictor(**{"pretrained": "owner/name", **settings}).check()
+
+
+def test_single_files_and_quantised_weights(place, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a single file; make a folder of it once, .*from_single_file"):
+        PipelinePredictor(str(file)).check()
+    folder = tmp_path / "quantised"
+    shutil.copytree(place("sd"), folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"The unet of .* is quantised \(bitsandbytes\), which cannot be cut"):
+        PipelinePredictor(str(folder)).check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sample", "message"),
+    [
+        ("image to image", RED, "Sample a has no image, which StableDiffusionImg2ImgPipeline takes as `image`"),
+        ("inpainting, 9 channels", PICTURES[0], "Sample a has no mask_image"),
+        ("dit", RED, "Sample a has no class_label"),
+        (
+            "dit",
+            Sample("a", inputs={"class_label": "unicorn"}),
+            "knows no class unicorn; give one of its 4 names, ",
+        ),
+        ("dit", Sample("a", inputs={"class_label": 1000}), "has no class 1000; give a number from 0 to 999"),
+        ("sdxl", Sample("a", inputs={"stength": 0.5}), "Sample a has stength, but StableDiffusionXLPipeline takes no"),
+        ("two controlnets", PICTURES[0], "Sample a has no control_image, which `call` names"),
+    ],
+)
+def test_samples_that_do_not_fit(predictor, kind, sample, message):
+    name, settings, _, _ = KINDS[kind]
+    with pytest.raises(ValueError, match=message):
+        predictor(name, **settings).predict_step([sample])
+
+
+def test_values_of_the_data_are_held_against_the_pipeline_early(place):
+    module = PipelinePredictor(place("sd"), call={"prompt": "{style} {prompt}"})
+    module.check_inputs({"guidance_scale", "negative_prompt", "style"})
+    with pytest.raises(ValueError, match="The data has mask_image, but StableDiffusionPipeline takes no mask_image"):
+        module.check_inputs({"mask_image"})
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_take_parts_from_elsewhere_and_no_safety_checker(place, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(place("sd"), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for weights in ("random", "pretrained"):
+        module = PipelinePredictor(
+            str(folder),
+            pipeline=CONTROLNET,
+            components={"controlnet": [place("controlnet"), place("controlnet")]},
+            num_inference_steps=2,
+            dtype="float32",
+            weights=weights,
+        )
+        module.check()
+        module.configure_model()
+        assert pixels(one(module, PICTURES[0])).std() > 10
+        assert module.weights_description == weights
+
+
+@pytest.mark.parametrize(("name", "sample"), [("tiny-sd", RED), ("tiny-dit", CLASSES[0])])
+def test_the_packages_own_models_run(name, sample):
+    module = PipelinePredictor(name, num_inference_steps=1, dtype="float32", weights="random")
+    module.check()
+    module.configure_model()
+    assert pixels(one(module, sample)).shape == (1, *module.picture_size(None, None), 3)
