@@ -6,11 +6,15 @@ before, in the run of its own stage; what lies between the named modules is simp
 one stage is one module, its residual with it; of one that is cut, the parts are named, and its residual is computed.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+
+LAST = {"conv_out", "proj_out", "proj_out_2"}
+"""Modules that make a denoiser's result."""
 
 
 class Definition:
@@ -23,6 +27,7 @@ class Definition:
         warm_up: Exact steps.
         time_shift: Whether asynchronous steps take the timestep of the step before.
         timesteps: All timesteps of the sample.
+        divisor: What the pipeline divides the scheduler's timesteps by.
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class Definition:
         stride: int = 1,
         warm_up: int = 3,
         time_shift: bool = False,
+        divisor: int = 1,
     ) -> None:
         self.denoiser = denoiser
         self.num_stages = len(cut)
@@ -40,12 +46,14 @@ class Definition:
         self.stride = stride
         self.warm_up = warm_up
         self.shift = int(time_shift)
+        self.divisor = divisor
+        self.signature = inspect.signature(denoiser.forward)
         self.step = 0
         self.stage: int | None = None
         self.stale: dict[str, Any] = {}
         self.made: dict[str, Any] = {}
         self.replaced: list[nn.Module] = []
-        self.output_stage = next(stage for stage, names in enumerate(cut) if "conv_out" in names)
+        self.output_stage = next(stage for stage, names in enumerate(cut) if LAST & set(names))
         for stage, names in enumerate(cut):
             for name in names:
                 self._replace_leaves(name, denoiser.get_submodule(name), stage)
@@ -83,7 +91,11 @@ class Definition:
         t = self.timesteps[min(step, len(self.timesteps) - 1)]
         # lists of its own: a UNet takes T2I adapters' residuals out of what it is given
         args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
-        return self.denoiser(args[0], t, *args[2:], **kwargs), self.made
+        bound = self.signature.bind(*args, **kwargs)
+        # one for all, or one a sample
+        given = bound.arguments["timestep"]
+        bound.arguments["timestep"] = (t if self.divisor == 1 else t / self.divisor).expand(given.shape)
+        return self.denoiser(*bound.args, **bound.kwargs), self.made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         s, self.step = self.step, self.step + 1

@@ -21,12 +21,13 @@ TOLERANCE = 0.03
 """How much slower than the best the slowest stage may be for the sake of fewer stale bytes."""
 
 
-def resolve_cut(graph: Graph, cut: Sequence[Sequence[str]]) -> list[int]:
+def resolve_cut(graph: Graph, cut: Sequence[Sequence[str]], leaves_out: bool = False) -> list[int]:
     """Turns lists of module names into the stage of each unit.
 
     Args:
         graph: The denoiser's units.
         cut: For each stage the names of its modules; a name covers all below it.
+        leaves_out: Whether names may cover no unit.
 
     Raises:
         ValueError: A unit is named twice or not at all, a name covers no unit, or a stage is empty.
@@ -35,7 +36,7 @@ def resolve_cut(graph: Graph, cut: Sequence[Sequence[str]]) -> list[int]:
     for stage, names in enumerate(cut):
         for name in names:
             covered = [i for i, unit in enumerate(graph.units) if unit.name == name or unit.name.startswith(name + ".")]
-            if not covered:
+            if not covered and not leaves_out:
                 raise ValueError(f"The cut names {name!r} in stage {stage}, but no unit of the denoiser has that name.")
             for i in covered:
                 if owner[i] is not None:

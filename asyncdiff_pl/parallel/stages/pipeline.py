@@ -84,7 +84,7 @@ class StagePipeline(TrajectoryListener):
         self.halves = [self.half] if exchange else list(range(layout.cfg))
         self.ranks = [self.rank] if exchange else list(range(layout.stage_ranks))
         self.program: Program | None = None
-        """Graph and cut in use; None before the first call."""
+        """Graph and cut of the first denoiser call of a step; None before it."""
         self.asynchronous_steps = 0
         """Steps so far in which boundary tensors may have travelled."""
         self.exact_steps = 0
@@ -352,9 +352,11 @@ class StagePipeline(TrajectoryListener):
             return
         if signature not in self._programs:
             self._programs[signature] = Program.make(
-                self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs
+                self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs, self.trajectory.call > 0
             )
-        self.program = stream.program = self._programs[signature]
+        stream.program = self._programs[signature]
+        if self.trajectory.call == 0:
+            self.program = stream.program
         layout, boundary = self.settings.layout, stream.program.boundary
         stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
         self._sent_before += sum(exchange.sent_bytes for exchange in stream.exchanges)

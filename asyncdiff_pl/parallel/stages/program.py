@@ -46,6 +46,7 @@ class Program:
         cut: Sequence[Sequence[str]] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        leaves_out: bool = False,
     ) -> Program:
         """Traces a denoiser and cuts it.
 
@@ -56,12 +57,14 @@ class Program:
             cut: For each stage the names of its modules; None finds a cut.
             args: Positional arguments of a call.
             kwargs: Keyword arguments of that call.
+            leaves_out: Whether the call may leave out modules that the cut names, as a step's second call does that
+                skips layers.
 
         Raises:
             ValueError: The cut does not fit the denoiser, or there are more stages than units.
         """
         graph = trace(twin, args, kwargs, find_latents(forward, args, kwargs))
-        owner = find_cut(graph, layout.stages) if cut is None else resolve_cut(graph, cut)
+        owner = find_cut(graph, layout.stages) if cut is None else resolve_cut(graph, cut, leaves_out)
         boundary = find_boundary(graph, owner)
         return cls(
             graph,

@@ -10,6 +10,9 @@ import torch
 
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
+_ROUNDING = 2**-6
+"""How far bfloat16 may put the ratio of two numbers off."""
+
 
 def with_timestep(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trajectory: Trajectory, step: int
@@ -34,15 +37,22 @@ def with_timestep(
     if isinstance(given, torch.Tensor):
         other = other.to(given.device)
         if given.dtype.is_floating_point:
-            # FLUX and its like divide what the scheduler says by a constant
-            own = own.to(given.device, torch.float64)
-            scale = torch.where(own == 0, 1.0, given.double() / own)
-            other = other.double() * scale
+            # rounded first, as pipelines do it; in 16 bits the ratio of two timesteps is rounded too
+            other, own = other.to(given.dtype).double(), own.to(given.device, given.dtype).double()
+            other = other * _scale(given.double(), own)
         given = other.to(given.dtype).expand(given.shape)
     else:
         given = type(given)(other.item())
     bound.arguments["timestep"] = given
     return bound.args, bound.kwargs
+
+
+def _scale(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """What a pipeline multiplied a scheduler's timestep by: 1, or 1 / 1000 (FLUX), or anything else."""
+    scale = torch.where(own == 0, 1.0, given / own)
+    for usual in (1.0, 1e-3):
+        scale = torch.where((scale / usual - 1).abs() < _ROUNDING, usual, scale)
+    return scale
 
 
 def without_timestep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
