@@ -6,6 +6,7 @@ change little from step to step. That is so when little noise is left, and it ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,4 +188,4 @@ def is_still(sums: torch.Tensor, until_drift: float) -> bool:
         until_drift: Largest relative change.
     """
     change, size = sums.sum(0).sqrt().tolist()
-    return change <= until_drift * size
+    return math.isfinite(size) and change <= until_drift * size

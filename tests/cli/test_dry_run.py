@@ -7,6 +7,10 @@ from asyncdiff_pl.strategies.launcher import GroupLauncher
 
 CUT = '[["conv_in", "down_blocks"], ["mid_block", "up_blocks", "conv_norm_out", "conv_out"]]'
 
+STEPS = ("--model.num_inference_steps", "25")
+NOISE = "--trainer.strategy.warm_up={until_noise: 0.98}"
+DRIFT = "--trainer.strategy.warm_up={until_drift: 0.1, at_most: 9}"
+
 
 @pytest.fixture
 def dry_run(command, monkeypatch, capsys):
@@ -41,6 +45,16 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
     [
         (["--model.num_inference_steps", "[3,5]"], "samples", "6 x 2 step counts (3, 5) = 12"),
         (["--model.num_inference_steps", "[3,5]"], "note", "With 3 denoising steps, warm_up 3 leaves none"),
+        (
+            ["--model.num_inference_steps", "8"],
+            "note",
+            "With 8 denoising steps, warm_up 3 leaves at most 5 for 2 stages",
+        ),
+        ([], "exact", "3 of 4 steps of a sample"),
+        ([*STEPS, NOISE], "exact", "15 of 25 steps of a sample (warm-up until noise 0.98)"),
+        ([*STEPS, DRIFT, "--trainer.strategy.refresh_every", "5"], "exact", "6 to 12 of 25 steps of a sample (warm"),
+        ([*STEPS, DRIFT], "ranks", "stride 1, warm_up until drift 0.1, at most 9, cfg 1"),
+        ([*STEPS, DRIFT], "time", " to "),
         (["--trainer.devices", "4", "--data.max_images", "1"], "ranks", "1 of the data groups have nothing to do"),
         (["--trainer.strategy", "ddp"], "ranks", "2 on cpu: 2 data groups of 1 (DDPStrategy)"),
         (["--frame_writer.png", "false", "--frame_writer.animation", "none"], "disk", "about 0.0 MiB"),

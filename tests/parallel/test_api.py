@@ -18,6 +18,7 @@ from asyncdiff_pl.parallel import parallelize
         ({"stages": 2, "stride": 3}, "stride is 3; it must be 1 or 2"),
         ({"stride": 2}, "stride 2 needs at least 2 stages"),
         ({"stages": 2, "warm_up": 0}, "warm_up is 0; at least 1 exact step"),
+        ({"stages": 2, "refresh_every": 1}, "refresh_every is 1; give 2 or more .* or null for none"),
         ({"cfg": 4}, "cfg is 4"),
         ({"stages": 3, "cut": [["conv_in"], ["conv_out"]]}, "The cut has 2 stages, but stages is 3; make them equal"),
         ({"stages": 2, "simulate": False}, "needs 2 ranks, but no process group is initialised: start under torchrun"),

@@ -1,5 +1,7 @@
 """The strategy without any process: constructor, checks, numbering of ranks; and one process that plays all ranks."""
 
+import re
+
 import pytest
 import torch
 from diffusers.hooks import HookRegistry
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from asyncdiff_pl.data import CocoCaptions
 from asyncdiff_pl.models import VideoPredictor
+from asyncdiff_pl.parallel import WarmUp
 from asyncdiff_pl.strategies import AsyncDiffStrategy
 
 
@@ -46,6 +49,7 @@ def over(strategy, devices, nodes=1, rank=0):
         ({"stride": 2}, "stride 2 needs at least 2 stages"),
         ({"cfg": 3}, "cfg is 3; it must be 1 .* or 2"),
         ({"stages": 2, "warm_up": 0}, "warm_up is 0; at least 1"),
+        ({"stages": 2, "refresh_every": 0}, "refresh_every is 0; give 2 or more"),
         ({"stages": 2, "cut": [["conv_in"]]}, "The cut has 1 stages, but stages is 2; make them equal"),
         ({"timeout": 0.0}, "timeout is 0.0 s; give a number of seconds above 0"),
     ],
@@ -115,13 +119,18 @@ def test_groups_are_not_there_before_the_processes():
         _ = AsyncDiffStrategy().groups
 
 
-def test_describe():
-    strategy = AsyncDiffStrategy(stages=2, stride=2, warm_up=4, time_shift=True, cfg=2)
+@pytest.mark.parametrize(
+    ("warm_up", "described"),
+    [(4, 4), (WarmUp(until_drift=0.1, at_most=9), "until drift 0.1, at most 9")],
+)
+def test_describe(warm_up, described):
+    strategy = AsyncDiffStrategy(stages=2, stride=2, warm_up=warm_up, refresh_every=6, time_shift=True, cfg=2)
     assert strategy.describe() == {
         "strategy": "asyncdiff",
         "stages": 2,
         "stride": 2,
-        "warm_up": 4,
+        "warm_up": described,
+        "refresh_every": 6,
         "time_shift": True,
         "cfg": 2,
         "simulate": False,
@@ -146,7 +155,7 @@ def tiny(small_svd):
 @pytest.mark.parametrize(
     ("steps", "settings", "advice"),
     [
-        (4, {"stages": 2}, None),
+        (9, {"stages": 2}, None),
         (
             3,
             {"stages": 2},
@@ -154,12 +163,45 @@ def tiny(small_svd):
         ),
         ([1, 2, 8], {"stages": 3}, "With 1 or 2 denoising steps, warm_up 3 leaves none for 3 stages"),
         (1, {"cfg": 2}, None),
-        (2, {"stages": 2, "warm_up": 1}, None),
+        (
+            2,
+            {"stages": 2, "warm_up": WarmUp(until_drift=0.1)},
+            "With 2 denoising steps, warm_up until drift 0.1 leaves",
+        ),
     ],
 )
 def test_a_warm_up_that_takes_all_steps(tiny, steps, settings, advice):
     found = AsyncDiffStrategy(**settings).advice(tiny(num_inference_steps=steps))
     assert found is None if advice is None else found.startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "advice"),
+    [
+        (
+            4,
+            {"stages": 2},
+            "With 4 denoising steps, warm_up 3 leaves at most 1 for 2 stages to gain time in, a speed-up",
+        ),
+        ([4, 8, 30], {"stages": 2}, "4 or 8 denoising steps, .* at most 1 or 5 .* speed-up of 1.1 or 1.5 at best"),
+        # 8 / (1 + 1 + 6 / 8): one step in seven is exact once more
+        (8, {"stages": 4, "stride": 2, "warm_up": 1, "refresh_every": 7}, "at most 6 .* a speed-up of 2.9 at best"),
+        (8, {"stages": 2, "warm_up": WarmUp(until_noise=0.9)}, "warm_up until noise 0.9 leaves at most 7 for 2 stages"),
+    ],
+)
+def test_a_few_step_model_is_told_what_is_left(tiny, steps, settings, advice):
+    module = tiny(num_inference_steps=steps)
+    assert re.search(advice, AsyncDiffStrategy(**settings).advice(module))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "remedy"),
+    [(3.0, "cfg 2 in place of stages, which is exact"), (1.0, "a sample for each rank .stages 1. in place of stages")],
+)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_what_a_few_step_model_should_take(tiny, steps, guidance, remedy):
+    module = tiny(num_inference_steps=steps, max_guidance_scale=guidance)
+    assert re.search(f"{remedy}.$", AsyncDiffStrategy(stages=2).advice(module))
 
 
 def test_a_split_of_guidance_that_is_off(tiny):
@@ -201,7 +243,11 @@ def plain(tiny):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"stages": 1}, {"stages": 2, "warm_up": 4, "simulate": True}, {"stages": 3, "warm_up": 9, "simulate": True}],
+    [
+        {"stages": 1},
+        {"stages": 2, "warm_up": 4, "simulate": True},
+        {"stages": 3, "warm_up": WarmUp(until_noise=0.0), "simulate": True},
+    ],
 )
 def test_exact_modes_make_the_pictures_of_one_gpu(tiny, plain, settings):
     assert predict(tiny(), AsyncDiffStrategy(**settings)) == plain
