@@ -101,6 +101,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"| config | layout | GPUs | steps | {' | '.join(COLUMNS)} |")
     print("|---" * (4 + len(COLUMNS)) + "|", flush=True)
+    # the processes that are measured end with this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
     for _, group in groupby(sorted(jobs, key=lambda job: -job.ranks), key=lambda job: job.ranks):
         for job, outcome in _measure(list(group), options.accelerator, options.limit, logs):
