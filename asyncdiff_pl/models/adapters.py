@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 
-from asyncdiff_pl.models.loading import first_reason, quiet_libraries
+from asyncdiff_pl.models.loading import first_reason, quiet_libraries, why_unreachable
 
 
 @dataclass
@@ -95,13 +94,11 @@ def prepare_adapters(loras: Sequence[Lora], ip_adapter: IPAdapter | None) -> Non
     Raises:
         ValueError: A file cannot be fetched.
     """
-    wanted = [(lora.path, lora.weight_name, None) for lora in loras]
-    if ip_adapter is not None:
-        wanted.append((ip_adapter.path, ip_adapter.weight_name, ip_adapter.subfolder))
-    for path, name, subfolder in wanted:
-        if not Path(path).expanduser().exists():
-            with _one_sentence(f"{path}/{name}"):
-                hf_hub_download(path, name, subfolder=subfolder)
+    for lora in loras:
+        if not Path(lora.path).expanduser().exists():
+            _fetch(lora.path, lora.weight_name, None)
+    if ip_adapter is not None and not Path(ip_adapter.path).expanduser().exists():
+        _fetch(ip_adapter.path, ip_adapter.weight_name, ip_adapter.subfolder)
 
 
 def load_adapters(pipeline: DiffusionPipeline, loras: Sequence[Lora], ip_adapter: IPAdapter | None) -> None:
@@ -119,10 +116,12 @@ def load_adapters(pipeline: DiffusionPipeline, loras: Sequence[Lora], ip_adapter
     """
     for number, lora in enumerate(loras):
         place, name = Path(lora.path).expanduser(), lora.weight_name
-        source = place if place.is_file() else _lora_file(place, name) if place.is_dir() else None
+        if place.is_file():
+            file = place
+        else:
+            file = _lora_file(place, name) if place.is_dir() else _fetch(lora.path, name, None)
         with _one_sentence(f"The LoRA {lora.path}"), quiet_libraries():
-            files: dict[str, Any] = {} if source is not None else {"weight_name": name}
-            pipeline.load_lora_weights(str(source or lora.path), adapter_name=f"lora_{number}", **files)
+            pipeline.load_lora_weights(str(file), adapter_name=f"lora_{number}")
     if loras:
         names = [f"lora_{number}" for number in range(len(loras))]
         known = {name for part in pipeline.get_list_adapters().values() for name in part}
@@ -136,14 +135,25 @@ def load_adapters(pipeline: DiffusionPipeline, loras: Sequence[Lora], ip_adapter
         pipeline.fuse_lora(adapter_names=names)
         pipeline.unload_lora_weights()
     if ip_adapter is not None:
+        place = Path(ip_adapter.path).expanduser()
         with _one_sentence(f"The IP-Adapter {ip_adapter.path}"), quiet_libraries():
             pipeline.load_ip_adapter(
-                str(Path(ip_adapter.path).expanduser()) if Path(ip_adapter.path).exists() else ip_adapter.path,
+                str(place) if place.is_dir() else ip_adapter.path,
                 subfolder=ip_adapter.subfolder,
                 weight_name=ip_adapter.weight_name,
                 image_encoder_folder=ip_adapter.image_encoder,
+                local_files_only=not place.is_dir() and why_unreachable(ip_adapter.path) is not None,
             )
         pipeline.set_ip_adapter_scale(ip_adapter.scale)
+
+
+def _fetch(name: str, file: str | None, subfolder: str | None) -> Path:
+    """A file of the hub, in the cache."""
+    assert file is not None
+    # one question to the hub: each file would be asked for again and again
+    unreachable = why_unreachable(name)
+    with _one_sentence(f"{file} of {name}", unreachable):
+        return Path(hf_hub_download(name, file, subfolder=subfolder, local_files_only=unreachable is not None))
 
 
 def _lora_file(folder: Path, name: str | None) -> Path:
@@ -166,8 +176,11 @@ def _is_hub_name(path: str, what: str) -> bool:
 
 
 @contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
+def _one_sentence(what: str, unreachable: str | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, HTTPError) as error:
-        raise ValueError(f"{what} could not be loaded ({first_reason(error)}); give one that fits.") from error
+        reason = first_reason(error).rstrip(":") if unreachable is None else f"the hub says: {unreachable}"
+        raise ValueError(
+            f"{what} could not be loaded ({reason}); give one that is there and fits the model."
+        ) from error

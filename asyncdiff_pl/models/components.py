@@ -25,6 +25,7 @@ from asyncdiff_pl.models.loading import (
     init_parameters,
     quiet_libraries,
     read_json,
+    why_unreachable,
 )
 from asyncdiff_pl.models.random_weights import build_random_model, component_class
 
@@ -106,17 +107,23 @@ def _load(
         kind = _class_of(read_json(folder, "config.json", f"a {name}"), name, entry)
         # two parts of one kind must not have the same weights
         return build_random_model(kind, folder, dtype, changes, seed_name=f"{name}.{number}" if number else name)
-    with _one_sentence(name, entry), quiet_libraries():
-        file = folder / "config.json" if folder is not None else hf_hub_download(entry, "config.json")
+    # one question to the hub: each file would be asked for again and again
+    unreachable = why_unreachable(entry) if folder is None else None
+    offline = unreachable is not None
+    with _one_sentence(name, entry, unreachable), quiet_libraries():
+        if folder is None:
+            file = hf_hub_download(entry, "config.json", local_files_only=offline)
+        else:
+            file = folder / "config.json"
         config = json.loads(Path(file).read_text(encoding="utf-8"))
         check_not_quantised(entry, {name: config})
         kind = _class_of(config, name, entry)
         try:
-            part = kind.from_pretrained(folder or entry, variant=variant, dtype=dtype)
+            part = kind.from_pretrained(folder or entry, variant=variant, dtype=dtype, local_files_only=offline)
         except OSError:
             if variant is None:
                 raise
-            part = kind.from_pretrained(folder or entry, dtype=dtype)
+            part = kind.from_pretrained(folder or entry, dtype=dtype, local_files_only=offline)
     assert isinstance(part, nn.Module)
     return part.eval()
 
@@ -153,11 +160,11 @@ def _find(name: str, entry: str) -> Path | None:
 
 
 @contextmanager
-def _one_sentence(name: str, entry: str) -> Iterator[None]:
+def _one_sentence(name: str, entry: str, unreachable: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError) as error:
         raise ValueError(
-            f"components.{name} {entry} could not be loaded ({first_reason(error)}); give a folder that is complete, "
-            "or a hub name that can be reached."
+            f"components.{name} {entry} could not be loaded ({unreachable or first_reason(error)}); give a folder that is "
+            "complete, or a hub name that can be reached."
         ) from error

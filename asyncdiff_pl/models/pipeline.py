@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import nn
 from typing_extensions import override
@@ -250,10 +251,19 @@ class PipelinePredictor(DiffusionPredictor):
             check_pretrained(kind, self.pretrained, self.weights, self.components)
         if self._template is not None:
             self._template.check()
+            self._tell_unheeded()
         multiple = self.size_multiple
         for name, pixels in (("height", self.height), ("width", self.width)):
             if multiple and pixels and pixels % multiple:
                 raise ValueError(f"{name} is {pixels} pixels; {self.pretrained} takes multiples of {multiple}.")
+
+    def _tell_unheeded(self) -> None:
+        """Warns of a negative prompt that nothing comes of."""
+        assert self._template is not None
+        name = "true_cfg_scale" if "true_cfg_scale" in self._template.defaults else "guidance_scale"
+        scale = self._template.value(name)
+        if self._template.value("negative_prompt") and isinstance(scale, (int, float)) and scale <= 1:
+            rank_zero_warn(f"negative_prompt is set, but has no effect with {name} {scale}: set that above 1.")
 
     def check_inputs(self, names: Collection[str]) -> None:
         """Tells early that samples have values that the pipeline does not take.
@@ -322,6 +332,7 @@ class PipelinePredictor(DiffusionPredictor):
         arguments = self._loaded_template.join(samples)
         if "class_labels" in arguments:
             arguments["class_labels"] = [self._class_number(label) for label in arguments["class_labels"]]
+        self._tell_cut_prompts(samples)
         # decoders and schedulers tell of what nobody can change
         with quiet_libraries():
             output = self.pipeline(
@@ -335,6 +346,21 @@ class PipelinePredictor(DiffusionPredictor):
         if hasattr(output, "images"):
             return [[picture] for picture in output.images]
         raise ValueError(f"{type(self.pipeline).__name__} makes neither pictures nor videos; take another pipeline.")
+
+    def _tell_cut_prompts(self, samples: Sequence[Sample]) -> None:
+        """Warns of prompts of which the text encoders see only the beginning."""
+        parts = self.pipeline.components.items()
+        tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
+        if not tokenizers or "prompt" not in self._loaded_template.defaults:
+            return
+        tokenizer = max(tokenizers, key=lambda part: part.model_max_length)
+        for sample in samples:
+            length = len(tokenizer(sample.text, verbose=False).input_ids)
+            if length > tokenizer.model_max_length:
+                rank_zero_warn(
+                    f"The prompt of sample {sample.id} has {length} tokens, of which the model sees the first "
+                    f"{tokenizer.model_max_length}."
+                )
 
     def _class_number(self, label: int | str) -> int:
         if isinstance(label, int) or label.isdecimal():
