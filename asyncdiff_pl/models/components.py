@@ -164,7 +164,8 @@ def _one_sentence(name: str, entry: str, unreachable: str | None) -> Iterator[No
     try:
         yield
     except (OSError, HTTPError) as error:
+        reason = unreachable or first_reason(error)
         raise ValueError(
-            f"components.{name} {entry} could not be loaded ({unreachable or first_reason(error)}); give a folder that is "
-            "complete, or a hub name that can be reached."
+            f"components.{name} {entry} could not be loaded ({reason}); give a folder that is complete, or a hub name "
+            "that can be reached."
         ) from error
