@@ -12,10 +12,11 @@ import torch.distributed as dist
 from cuts import split_attentions
 from denoisers import NAMES, Sampler, build, ddim
 from diffusers import DDPMScheduler
+from pipeline_scenarios import PIPELINES
 from ranks import run_ranks
-from traces import shared_traces
+from traces import known_traces, shared_traces, take_traces
 
-from asyncdiff_pl.parallel import parallelize
+from asyncdiff_pl.parallel import WarmUp, parallelize
 
 # -- scenarios: each returns latents, the same for the ranks and for one process that plays them ------------------
 
@@ -72,10 +73,11 @@ def changes_with_stride(simulate):
     return changes(simulate, stride=2)
 
 
-def two_calls_a_step(simulate):
+def two_calls_a_step(simulate, **settings):
     denoiser, scheduler = build("sd21"), ddim()
     main, extra = Sampler("sd21"), Sampler("sd21", seed=8)
-    parallelize(denoiser, stages=2, warm_up=2, simulate=simulate, scheduler=scheduler)
+    settings = {"stages": 2, "warm_up": 2} | settings
+    parallelize(denoiser, simulate=simulate, scheduler=scheduler, **settings)
     scheduler.set_timesteps(9)
     latents = main.latents
     for step, t in enumerate(scheduler.timesteps):
@@ -84,6 +86,30 @@ def two_calls_a_step(simulate):
             estimate = estimate + 0.5 * extra.estimate(denoiser, scheduler, latents, t)
         latents = scheduler.step(estimate, t, latents).prev_sample
     return [latents]
+
+
+def by_need(simulate, **settings):
+    """Warm-ups that end when drift is low: all ranks must come to it in the same step, sample by sample."""
+    denoiser, scheduler, found = build("sd21"), ddim(), []
+    settings = {"stages": 2, "warm_up": WarmUp(until_drift=0.35), "refresh_every": 3} | settings
+    handle = parallelize(denoiser, simulate=simulate, scheduler=scheduler, **settings)
+    for sampler, start in ((Sampler("sd21"), 0), (Sampler("sd21", seed=6, batch=2), 0), (Sampler("sd21"), 3)):
+        found.append(sampler(denoiser, scheduler, 11, start=start))
+        assert 1 < handle.exact_steps < 11 - start
+        found.append(torch.tensor(handle.exact_steps))
+    return found
+
+
+def by_need_in_two_calls_a_step(simulate):
+    return two_calls_a_step(simulate, warm_up=WarmUp(until_drift=0.35), refresh_every=3)
+
+
+def by_need_with_an_extra_rank(simulate):
+    return by_need(simulate, stride=2, time_shift=True, refresh_every=4)
+
+
+def by_need_with_guidance(simulate):
+    return by_need(simulate, cfg=2, warm_up=WarmUp(until_noise=0.97, until_drift=0.35, at_most=6))
 
 
 def late_receiver(simulate):
@@ -117,9 +143,18 @@ def autocast(simulate):
 
 
 SCENARIOS = {
-    2: [guidance, changes, two_calls_a_step, late_receiver, inference_mode, autocast],
-    3: [changes_with_stride, blocks_of_an_attention],
-    4: [guidance_and_stages, ahead_with_an_extra_rank],
+    2: [
+        guidance,
+        changes,
+        two_calls_a_step,
+        by_need,
+        by_need_in_two_calls_a_step,
+        late_receiver,
+        inference_mode,
+        autocast,
+    ],
+    3: [changes_with_stride, blocks_of_an_attention, by_need_with_an_extra_rank],
+    4: [guidance_and_stages, ahead_with_an_extra_rank, by_need_with_guidance],
 }
 
 # -- what is no comparison -----------------------------------------------------------------------------------------
@@ -193,9 +228,10 @@ def group_sample(group: int, simulate: bool) -> list[torch.Tensor]:
 # -- worlds --------------------------------------------------------------------------------------------------------
 
 
-def play(rank, world_size, expected):
+def play(rank, world_size, expected, traces):
+    take_traces(traces)
     with shared_traces():
-        for scenario in SCENARIOS[world_size]:
+        for scenario in SCENARIOS[world_size] + PIPELINES[world_size]:
             same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
         for key in reference.keys(world_size):
             same(key, [reference.run(key, simulate=False)], expected[key])
@@ -214,9 +250,11 @@ def same(name, found, expected):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.filterwarnings("ignore:The denoiser's inputs changed")
 def test_ranks(world_size):
-    expected = {scenario.__name__: scenario(simulate=True) for scenario in SCENARIOS[world_size]}
+    expected = {
+        scenario.__name__: scenario(simulate=True) for scenario in SCENARIOS[world_size] + PIPELINES[world_size]
+    }
     # within the bound of the original's latents: test_parity.py
     expected |= {key: [reference.simulated(key)] for key in reference.keys(world_size)}
     if world_size == 4:
         expected["groups"] = [group_sample(group, simulate=True) for group in range(2)]
-    run_ranks(world_size, play, world_size, expected)
+    run_ranks(world_size, play, world_size, expected, known_traces())
