@@ -28,6 +28,7 @@ class Definition:
         time_shift: Whether asynchronous steps take the timestep of the step before.
         timesteps: All timesteps of the sample.
         divisor: What the pipeline divides the scheduler's timesteps by.
+        refreshes: Further steps that are exact.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Definition:
         warm_up: int = 3,
         time_shift: bool = False,
         divisor: int = 1,
+        refreshes: tuple[int, ...] = (),
     ) -> None:
         self.denoiser = denoiser
         self.num_stages = len(cut)
@@ -47,6 +49,8 @@ class Definition:
         self.warm_up = warm_up
         self.shift = int(time_shift)
         self.divisor = divisor
+        self.refreshes = refreshes
+        self.last_exact = -1
         self.signature = inspect.signature(denoiser.forward)
         self.step = 0
         self.stage: int | None = None
@@ -99,13 +103,14 @@ class Definition:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         s, self.step = self.step, self.step + 1
-        if s < self.warm_up:
+        if s < self.warm_up or s in self.refreshes:
+            self.last_exact = s
             result, self.stale = self._run(None, s, args, kwargs)
             return result
         if self.stride == 1:
             runs = [self._run(stage, s - self.shift, args, kwargs) for stage in range(self.num_stages)]
             result = runs[self.output_stage][0]
-        elif (s - self.warm_up) % 2 == 1:
+        elif (s - self.last_exact) % 2 == 0:
             return self.ahead
         else:
             result, _ = self._run(self.output_stage, s - self.shift, args, kwargs)

@@ -66,6 +66,37 @@ def test_simulation_keeps_to_the_definition(name, kind, stages, stride, warm_up,
     assert deviation_error(found, expected, exact(name)) < BOUND
 
 
+@pytest.mark.parametrize(
+    ("stages", "stride", "warm_up", "time_shift", "refresh_every", "refreshes"),
+    [
+        (2, 1, 1, False, 3, (3, 6)),
+        (3, 1, 2, True, 2, (3, 5, 7)),
+        (2, 2, 1, False, 4, (4, 8)),
+        (3, 2, 2, True, 3, (4, 7)),
+    ],
+)
+def test_refreshes(stages, stride, warm_up, time_shift, refresh_every, refreshes):
+    """The first asynchronous step after one begins a round anew."""
+    denoiser, sampler, scheduler = denoiser_of("sd21"), Sampler("sd21"), ddim()
+    settings = {"stride": stride, "warm_up": warm_up, "time_shift": time_shift}
+    handle = parallelize(
+        denoiser, stages=stages, refresh_every=refresh_every, simulate=True, scheduler=scheduler, **settings
+    )
+    try:
+        found = sampler(denoiser, scheduler, 9)
+        assert handle.exact_steps == warm_up + len(refreshes)
+    finally:
+        handle.remove()
+    scheduler = ddim()
+    scheduler.set_timesteps(9)
+    definition = Definition(denoiser, handle.cut, scheduler.timesteps, refreshes=refreshes, **settings)
+    try:
+        expected = sampler(definition, scheduler, 9)
+    finally:
+        definition.close()
+    assert deviation_error(found, expected, sampler(denoiser, ddim(), 9)) < BOUND
+
+
 def test_found_cuts_split_attentions_and_fold():
     """The cases above see both in a found cut: a stage with both ends, and an attention of several stages."""
     denoiser, scheduler = denoiser_of("sdxl"), ddim()
