@@ -35,6 +35,10 @@ USELESS_RECORDS = (
     "requires torchvision",
     # where the cache does not have the model either, a sentence says so
     "Couldn't connect to the Hub",
+    # a model without such modules says so at each cast, AnimateDiff's when it is built
+    "should be kept in float32: []",
+    # JSON has no other keys than texts
+    "Expected types for id2label",
 )
 
 
