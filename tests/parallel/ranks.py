@@ -14,6 +14,20 @@ import torch.multiprocessing as mp
 PRELOADED = ["torch.distributed", "asyncdiff_pl.parallel", "pytest", "numpy"]
 PRELOADED += [f"diffusers.models.unets.{name}" for name in ("unet_motion_model", "unet_spatio_temporal_condition")]
 PRELOADED += [f"diffusers.schedulers.scheduling_{name}" for name in ("ddim", "ddpm")]
+PRELOADED += [
+    f"diffusers.pipelines.{name}"
+    for name in (
+        "animatediff.pipeline_animatediff",
+        "controlnet.pipeline_controlnet",
+        "controlnet.pipeline_controlnet_sd_xl",
+        "dit.pipeline_dit",
+        "flux.pipeline_flux",
+        "stable_diffusion.pipeline_stable_diffusion_img2img",
+        "stable_diffusion.pipeline_stable_diffusion_upscale",
+        "stable_diffusion_3.pipeline_stable_diffusion_3",
+        "stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint",
+    )
+]
 
 
 def run_ranks(world_size: int, function: Callable[..., None], *args) -> None:

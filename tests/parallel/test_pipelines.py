@@ -24,7 +24,9 @@ pytestmark = [
 ]
 
 ALL = [*KINDS, *CASES]
-GUIDED = [name for name in ALL if KINDS[CASES[name].kind if name in CASES else name].has_guidance_batch]
+GUIDED = [name for name, kind in KINDS.items() if kind.has_guidance_batch]
+GUIDED += ["sd15_guidance_ends", "sdxl_guidance_ends", "sd3_guidance_ends", "sd3_skips_layers", "controlnet_guesses"]
+GUIDED += ["sd15_ip_adapter", "sdxl_ip_adapter", "dit_of_three", "animatediff_of_three"]
 
 sample_of = functools.cache(Sample)
 
@@ -50,13 +52,38 @@ def test_warm_up_to_the_end_changes_no_bit(name):
         assert len(handle.cut) == 2
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_one_stage_and_none_change_no_bit(name):
-    with installed(name):
-        assert torch.equal(sample_of(name)(), exact(name))
-    with installed(name, stages=2):
-        pass
-    assert torch.equal(sample_of(name)(), exact(name))
+class Diary(TrajectoryListener):
+    """Notes when samples begin, and each call of the denoiser."""
+
+    def __init__(self):
+        self.samples, self.calls, self.steps = 0, [], 0
+
+    def on_sample_begin(self, trajectory):
+        self.samples += 1
+
+    def on_denoiser_call(self, trajectory):
+        self.calls.append((trajectory.position, trajectory.call))
+
+    def on_step(self, trajectory, output):
+        self.steps += 1
+
+
+# steps that a pipeline takes where they are not what it is asked for
+STEPS = {"img2img": 6, "sdxl_inpaint": 6, "sd15_pndm": 7, "sd15_heun": 11, "img2img_pndm": 7, "img2img_heun": 11}
+
+
+@pytest.mark.parametrize("name", [*KINDS, *(name for name in CASES if name in STEPS)])
+def test_one_stage_changes_no_bit_and_sees_samples_steps_and_calls(name):
+    sample, diary = sample_of(name), Diary()
+    trajectory = Trajectory(sample.denoiser, lambda: sample.pipe.scheduler)
+    trajectory.subscribe(diary)
+    with installed(name, trajectory=trajectory):
+        for _ in range(2):
+            assert torch.equal(sample(), exact(name))
+    steps, calls = STEPS.get(name, 6), 2 if name == "flux_true_cfg" else 1
+    assert (diary.samples, diary.steps, trajectory.num_steps) == (2, 2 * steps, steps)
+    assert diary.calls == 2 * [(step, call) for step in range(steps) for call in range(calls)]
+    trajectory.remove()
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -134,39 +161,6 @@ def test_simulation_keeps_to_the_definition(name, settings):
     expected = Defined(sample, handle.cut, 1000 if name.startswith("flux") else 1, **timing)()
     assert len(handle.cut) == settings["stages"]
     assert deviation_error(found, expected, exact(name)) < 1e-5
-
-
-class Diary(TrajectoryListener):
-    def __init__(self):
-        self.samples, self.calls, self.steps = [], [], 0
-
-    def on_sample_begin(self, trajectory):
-        self.samples.append(trajectory.num_steps)
-
-    def on_denoiser_call(self, trajectory):
-        self.calls.append((trajectory.position, trajectory.call))
-
-    def on_step(self, trajectory, output):
-        self.steps += 1
-
-
-# steps that a pipeline takes where they are not what it is asked for
-STEPS = {"img2img": 6, "sdxl_inpaint": 6, "sd15_pndm": 7, "sd15_heun": 11, "img2img_pndm": 7, "img2img_heun": 11}
-
-
-@pytest.mark.parametrize("name", [*KINDS, "sd15_pndm", "sd15_heun", "img2img_pndm", "img2img_heun"])
-def test_samples_steps_and_calls_are_seen(name):
-    sample, diary = sample_of(name), Diary()
-    trajectory = Trajectory(sample.denoiser, lambda: sample.pipe.scheduler)
-    trajectory.subscribe(diary)
-    for seed in (5, 6):
-        sample(seed)
-    trajectory.remove()
-    steps, calls = STEPS.get(name, 6), 2 if name == "flux_true_cfg" else 1
-    assert diary.steps == 2 * steps
-    assert diary.calls == 2 * [(step, call) for step in range(steps) for call in range(calls)]
-    assert trajectory.num_steps == steps
-    assert len(diary.samples) == 2
 
 
 def test_attention_layers_that_are_skipped_are_another_network():

@@ -248,7 +248,7 @@ def same(name, found, expected):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.filterwarnings("ignore:The denoiser's inputs changed")
+@pytest.mark.filterwarnings("ignore:The denoiser's inputs changed", "ignore::DeprecationWarning")
 def test_ranks(world_size):
     expected = {
         scenario.__name__: scenario(simulate=True) for scenario in SCENARIOS[world_size] + PIPELINES[world_size]

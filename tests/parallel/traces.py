@@ -24,6 +24,16 @@ def shared_traces() -> Iterator[None]:
         program.trace = trace
 
 
+def known_traces() -> dict[Any, Graph]:
+    """What this process has traced, to be handed to others."""
+    return _KNOWN
+
+
+def take_traces(known: dict[Any, Graph]) -> None:
+    """Takes over what another process has traced."""
+    _KNOWN.update(known)
+
+
 def _trace_once(twin: nn.Module, args: tuple, kwargs: dict, latents: torch.Tensor) -> Graph:
     leaves, spec = tree_flatten((args, kwargs))
     inputs = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
