@@ -124,7 +124,7 @@ def parallelize(
         pipe: A diffusers pipeline, or a bare denoiser with `scheduler` given.
         stages: Stages that the denoiser is cut into, 1 to 8.
         stride: Steps that one round of the stages covers, 1 or 2; 2 takes one rank more.
-        warm_up: Exact steps at the start of each sample: their number, 1 or more, or `WarmUp(until_noise=0.8)` or
+        warm_up: Exact steps at the start of each sample: their number, 1 or more, or `WarmUp(until_noise=0.97)` or
             `WarmUp(until_drift=0.1)`, for as many as the sample needs.
         refresh_every: After warm-up each how many-th step is exact again, 2 or more; None for none.
         time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.

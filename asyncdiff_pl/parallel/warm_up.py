@@ -19,9 +19,10 @@ class WarmUp:
     """Exact steps at the start of a sample, for as long as they are needed: until all that is given here holds.
 
     Args:
-        until_noise: Share of noise in the latents, from 0 to 1, at which steps need no longer be exact: `0.8` say. It
-            is sigma for flow matching (SD3, FLUX), sigma / sqrt(1 + sigma^2) for other schedulers that have sigmas, and
-            sqrt(1 - alphas_cumprod) for the rest; null does not ask for it.
+        until_noise: Share of noise in the latents, from 0 to 1, at which steps need no longer be exact: `0.97` say, 6
+            of 25 steps with Stable Diffusion's DDIM. It is sigma for flow matching (SD3, FLUX), sigma / sqrt(1 +
+            sigma^2) for other schedulers that have sigmas, and sqrt(1 - alphas_cumprod) for the rest; null does not ask
+            for it.
         until_drift: Change of the boundary tensors from one exact step to the next at which steps need no longer be
             exact, as a share of the tensors' norm, over all samples of a call together: `0.1` say. It is known from
             the second step on; null does not ask for it.

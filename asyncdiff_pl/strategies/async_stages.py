@@ -28,7 +28,7 @@ class AsyncDiffStrategy(GroupStrategy):
         stride: Steps that one round of the stages covers, 1 or 2; 2 is faster, needs one rank more, and uses inputs
             twice as old.
         warm_up: Exact steps at the start of each sample, 1 or more; more are slower and nearer to one GPU's result. In
-            place of a number, {until_noise: 0.8} takes as many as leave that share of noise (0 to 1) in the latents,
+            place of a number, {until_noise: 0.97} takes as many as leave that share of noise (0 to 1) in the latents,
             and {until_drift: 0.1} as many as it takes for boundary tensors to change by less than that share of their
             norm from step to step; at_least and at_most bound either: {until_drift: 0.1, at_least: 2, at_most: 10}.
         refresh_every: After warm-up each how many-th step is exact again, 2 or more, so that what the stages see does
