@@ -117,6 +117,9 @@ def report_and_exit(error: BaseException) -> NoReturn:
         if isinstance(cause, KeyboardInterrupt):
             _exit(_interrupted_status(cause))
         _exit(error.code if isinstance(error.code, int) else int(error.code is not None))
+    if isinstance(error, BrokenPipeError):
+        # whoever read the output, `head` say, has read enough
+        _exit(0)
     if isinstance(error, KeyboardInterrupt):
         if own_rank() == 0:
             _say("stopped")

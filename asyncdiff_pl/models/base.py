@@ -23,13 +23,14 @@ from typing_extensions import override
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.loading import (
     WeightsSource,
-    build_scheduler,
     check_pretrained,
     describe_weights,
-    find_scheduler,
     load_pipeline,
     prepare_download,
+    read_index,
 )
+from asyncdiff_pl.models.random_weights import component_class
+from asyncdiff_pl.models.schedulers import build_scheduler, check_scheduler_config, find_scheduler
 from asyncdiff_pl.parallel.api import denoiser_of
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
@@ -128,6 +129,8 @@ class DiffusionPredictor(LightningModule):
         weights: `pretrained` loads the checkpoint's weights; `random` builds the same network without them, for
             latency alone: its pictures mean nothing, and the results say so.
         variant: Variant of the checkpoint's weight files, `fp16` say; null takes the plain files.
+        scheduler_config: Entries of the scheduler's config that differ from the checkpoint's, `{beta_schedule: linear}`
+            say.
     """
 
     pipeline_class: type[DiffusionPipeline] = DiffusionPipeline
@@ -142,6 +145,7 @@ class DiffusionPredictor(LightningModule):
         dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         weights: WeightsSource = "pretrained",
         variant: str | None = None,
+        scheduler_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         steps = [num_inference_steps] if isinstance(num_inference_steps, int) else list(num_inference_steps)
@@ -153,6 +157,7 @@ class DiffusionPredictor(LightningModule):
         self.num_inference_steps = steps
         """Step counts of the run, one or more."""
         self.scheduler_name = scheduler
+        self.scheduler_config = dict(scheduler_config or {})
         self.seed = seed
         self.torch_dtype = DTYPES[dtype]
         self.weights = weights
@@ -237,8 +242,12 @@ class DiffusionPredictor(LightningModule):
             ValueError: In one sentence, with the value and the remedy.
         """
         check_pretrained(self.pipeline_class, self.pretrained, self.weights, self.components)
-        if self.scheduler_name is not None:
-            find_scheduler(self.scheduler_name)
+        kind = None if self.scheduler_name is None else find_scheduler(self.scheduler_name)
+        if kind is None and self.scheduler_config:
+            index = read_index(self.pretrained)
+            kind = None if index is None else component_class(*index["scheduler"])
+        if kind is not None:
+            check_scheduler_config(kind, self.scheduler_config)
 
     @property
     def weights_description(self) -> str:
@@ -278,7 +287,7 @@ class DiffusionPredictor(LightningModule):
         with torch.device("cpu"):
             pipeline = self.load()
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = build_scheduler(self.scheduler_name, pipeline.scheduler)
+        pipeline.scheduler = build_scheduler(self.scheduler_name, pipeline.scheduler, self.scheduler_config)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part.requires_grad_(False).eval())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import inspect
 import json
@@ -261,50 +260,6 @@ def read_component_config(pretrained: str, component: str) -> dict[str, Any] | N
     return read_json(folder / component, "config.json", f"the {component} of a diffusers pipeline") | changes
 
 
-def build_scheduler(name: str | None, current: Any) -> Any:
-    """Builds a scheduler from the config of the checkpoint's own.
-
-    Args:
-        name: A name that `find_scheduler` knows; null keeps `current`.
-        current: The checkpoint's scheduler.
-
-    Returns:
-        The scheduler.
-
-    Raises:
-        ValueError: If there is no such scheduler.
-    """
-    return current if name is None else find_scheduler(name).from_config(current.config)
-
-
-def find_scheduler(name: str) -> type[Any]:
-    """Finds a scheduler's class, without loading anything of a checkpoint.
-
-    Args:
-        name: `euler_discrete`, `ddpm`, `ddim`, `dpm_solver_multistep`, ..., a class name of diffusers, or a class with
-            its module (`my_package.MyScheduler`).
-
-    Returns:
-        The class; it has `from_config`.
-
-    Raises:
-        ValueError: If there is no such scheduler.
-    """
-    module, _, class_name = name.rpartition(".")
-    try:
-        if module:
-            scheduler_class = getattr(importlib.import_module(module), class_name)
-        else:
-            scheduler_class = getattr(diffusers, _scheduler_names()[_normalised(name)])
-        _ = scheduler_class.from_config
-    except (ImportError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"There is no scheduler {name}; take euler_discrete, ddpm, ddim, dpm_solver_multistep, pndm or another "
-            "scheduler of diffusers, or a class with its module (my_package.MyScheduler)."
-        ) from error
-    return scheduler_class
-
-
 # -- folders and names; models/clip.py uses these too -----------------------------------------------------------------
 
 
@@ -441,13 +396,3 @@ def _lacks_safety_checker(pretrained: str, weights: WeightsSource) -> bool:
 
 def _plain_config(config: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
-
-
-def _normalised(name: str) -> str:
-    return name.replace("_", "").lower().removesuffix("scheduler")
-
-
-@functools.cache
-def _scheduler_names() -> dict[str, str]:
-    names = [name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")]
-    return {_normalised(name): name for name in names}

@@ -79,6 +79,8 @@ class PipelinePredictor(DiffusionPredictor):
         weights: `pretrained` loads the checkpoint's weights; `random` builds the same network without them, for
             latency alone: its pictures mean nothing, and the results say so.
         variant: Variant of the checkpoint's weight files, `fp16` say; null takes the plain files.
+        scheduler_config: Entries of the scheduler's config that differ from the checkpoint's, `{beta_schedule: linear}`
+            say.
     """
 
     def __init__(
@@ -105,8 +107,9 @@ class PipelinePredictor(DiffusionPredictor):
         dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         weights: WeightsSource = "pretrained",
         variant: str | None = None,
+        scheduler_config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(pretrained, num_inference_steps, scheduler, seed, dtype, weights, variant)
+        super().__init__(pretrained, num_inference_steps, scheduler, seed, dtype, weights, variant, scheduler_config)
         for name, value in (("height", height), ("width", width), ("num_frames", num_frames), ("fps", fps)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more.")

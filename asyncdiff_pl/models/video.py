@@ -40,6 +40,8 @@ class VideoPredictor(DiffusionPredictor):
         weights: `pretrained` loads the checkpoint's weights; `random` builds the same network without them, for
             latency alone: its pictures mean nothing, and the results say so.
         variant: Variant of the checkpoint's weight files, `fp16` say; null takes the plain files.
+        scheduler_config: Entries of the scheduler's config that differ from the checkpoint's, `{beta_schedule: linear}`
+            say.
     """
 
     pipeline_class = StableVideoDiffusionPipeline
@@ -60,8 +62,9 @@ class VideoPredictor(DiffusionPredictor):
         dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         weights: WeightsSource = "pretrained",
         variant: str | None = None,
+        scheduler_config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(pretrained, num_inference_steps, scheduler, seed, dtype, weights, variant)
+        super().__init__(pretrained, num_inference_steps, scheduler, seed, dtype, weights, variant, scheduler_config)
         if num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}; give 1 or more.")
         if decode_chunk_size is not None and decode_chunk_size < 1:

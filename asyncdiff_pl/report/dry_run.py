@@ -14,7 +14,8 @@ from torch import nn
 
 from asyncdiff_pl.callbacks import FrameWriter
 from asyncdiff_pl.callbacks.sample_table import key_of, read_table
-from asyncdiff_pl.models.loading import build_scheduler, find_folder, find_scheduler, read_json
+from asyncdiff_pl.models.loading import find_folder, read_json
+from asyncdiff_pl.models.schedulers import build_scheduler, find_scheduler
 from asyncdiff_pl.parallel.guidance import find_latents, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
@@ -199,7 +200,7 @@ def _noise_levels(module: LightningModule, num_steps: int) -> Callable[[], list[
         # FLUX and its like shift their noise by the size of the picture
         return None
     own = find_scheduler(config["_class_name"]).from_config(config)
-    scheduler = build_scheduler(module.scheduler_name, own)
+    scheduler = build_scheduler(module.scheduler_name, own, module.scheduler_config)
 
     def levels() -> list[float]:
         scheduler.set_timesteps(num_steps)

@@ -1,7 +1,6 @@
 import shutil
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDiffusionPipeline
@@ -12,7 +11,6 @@ from asyncdiff_pl.models.embedded import find_component
 from asyncdiff_pl.models.loading import (
     ARCHITECTURES,
     MODELS_FOLDER,
-    build_scheduler,
     check_pretrained,
     describe_weights,
     load_pipeline,
@@ -232,33 +230,3 @@ def test_folders_that_are_no_such_pipeline(tmp_path, saved):
 def test_folders_and_embedded_models_need_no_download(saved, offline):
     for pretrained in (str(saved), "tiny-svd"):
         prepare_download(StableVideoDiffusionPipeline, pretrained, "pretrained")
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("euler_discrete", diffusers.EulerDiscreteScheduler),
-        ("ddpm", diffusers.DDPMScheduler),
-        ("ddim", diffusers.DDIMScheduler),
-        ("pndm", diffusers.PNDMScheduler),
-        ("dpm_solver_multistep", diffusers.DPMSolverMultistepScheduler),
-        ("HeunDiscreteScheduler", diffusers.HeunDiscreteScheduler),
-        ("diffusers.DPMSolverMultistepScheduler", diffusers.DPMSolverMultistepScheduler),
-    ],
-)
-def test_schedulers_are_built_from_the_checkpoints_config(tiny, name, expected):
-    scheduler = build_scheduler(name, tiny.scheduler)
-    assert type(scheduler) is expected
-    assert scheduler is not tiny.scheduler
-    assert scheduler.config.beta_end == 0.012
-    assert scheduler.config.prediction_type == "v_prediction"
-
-
-def test_no_scheduler_name_keeps_the_checkpoints_own(tiny):
-    assert build_scheduler(None, tiny.scheduler) is tiny.scheduler
-
-
-@pytest.mark.parametrize("name", ["eulr", "diffusers.NoSuchScheduler", "no_such_package.Scheduler", "", "torch.Tensor"])
-def test_unknown_schedulers(tiny, name):
-    with pytest.raises(ValueError, match=f"There is no scheduler {name}; take euler_discrete, ddpm"):
-        build_scheduler(name, tiny.scheduler)

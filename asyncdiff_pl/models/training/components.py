@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from asyncdiff_pl.models.embedded import find_component
-from asyncdiff_pl.models.loading import MODELS_FOLDER, find_scheduler, has_weights, quiet_libraries, read_json
+from asyncdiff_pl.models.loading import MODELS_FOLDER, has_weights, quiet_libraries, read_json
 from asyncdiff_pl.models.random_weights import build_random_model
+from asyncdiff_pl.models.schedulers import find_scheduler
 
 Network = TypeVar("Network", bound=nn.Module)
 
