@@ -1,13 +1,16 @@
 """Units, values and boundary tensors, on the tiny denoisers and at full size on the meta device."""
 
 import functools
+import json
 
+import diffusers
 import pytest
 import torch
 from cuts import ORIGINAL
 from denoisers import NAMES, Sampler, build, build_full, full_call
 from torch import nn
 
+from asyncdiff_pl.models.embedded import MODELS_FOLDER
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
 from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, trace
@@ -116,6 +119,60 @@ def slowest_share(graph: Graph, owner: list[int]) -> float:
     for unit, stage in zip(graph.units, owner, strict=True):
         shares[stage] += unit.flops
     return max(shares) / sum(shares)
+
+
+def full_transformer(kind: str, folder: str, **inputs: tuple[int, ...]) -> Graph:
+    """A published checkpoint's transformer on the meta device."""
+    config = json.loads((MODELS_FOLDER / folder / "transformer" / "config.json").read_text())
+    with torch.device("meta"):
+        transformer = getattr(diffusers, kind).from_config(config).half().eval()
+        given = {name: torch.empty(shape, dtype=torch.float16) for name, shape in inputs.items()}
+        if "class_labels" in given:
+            given["class_labels"] = given["class_labels"].long()
+        return trace(transformer, (), given, given["hidden_states"])
+
+
+FULL_TRANSFORMERS = {
+    "sd3": functools.partial(
+        full_transformer,
+        "SD3Transformer2DModel",
+        "sd3-medium",
+        hidden_states=(2, 16, 128, 128),
+        encoder_hidden_states=(2, 333, 4096),
+        pooled_projections=(2, 2048),
+        timestep=(2,),
+    ),
+    "flux": functools.partial(
+        full_transformer,
+        "FluxTransformer2DModel",
+        "flux-dev",
+        hidden_states=(1, 4096, 64),
+        encoder_hidden_states=(1, 512, 4096),
+        pooled_projections=(1, 768),
+        timestep=(1,),
+        guidance=(1,),
+        img_ids=(4096, 3),
+        txt_ids=(512, 3),
+    ),
+    "dit": functools.partial(
+        full_transformer,
+        "DiTTransformer2DModel",
+        "dit-xl-2-256",
+        hidden_states=(2, 4, 32, 32),
+        timestep=(2,),
+        class_labels=(2,),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("sd3", 24), ("flux", 19 + 38), ("dit", 28)])
+def test_full_transformers_are_cut_between_any_two_blocks(name, blocks):
+    graph = FULL_TRANSFORMERS[name]()
+    assert sum("transformer_blocks." in unit.name for unit in graph.units) == blocks
+    for stages in range(2, 9):
+        owner = find_cut(graph, stages)
+        assert sorted(set(owner)) == list(range(stages))
+        assert slowest_share(graph, owner) < 1.3 / stages
 
 
 class Twice(nn.Module):
