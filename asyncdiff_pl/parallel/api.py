@@ -146,8 +146,9 @@ def parallelize(
     check_settings(layout, warm_up, cut, refresh_every)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
     asks_for_noise = isinstance(warm_up, WarmUp) and warm_up.until_noise is not None
-    if asks_for_noise and getattr(scheduler_in_use(), "timesteps", None) is not None:
-        # some have no timesteps yet; they are asked in the first sample
+    timesteps = getattr(scheduler_in_use(), "timesteps", None)
+    if asks_for_noise and timesteps is not None and len(timesteps):
+        # those that have no timesteps yet are asked in the first sample
         noise_levels(scheduler_in_use())
     if is_installed(denoiser):
         raise ValueError(
