@@ -28,6 +28,7 @@ SURFACE = {
         "dtype": "float16",
         "weights": "pretrained",
         "variant": None,
+        "scheduler_config": None,
     },
     "data": {
         "images_dir": None,
