@@ -36,9 +36,7 @@ def test_entries_of_a_schedulers_config_may_differ(name):
     assert (scheduler.config.beta_schedule, scheduler.config.steps_offset) == ("linear", 1)
     assert scheduler.config.beta_end == 0.012
     assert OWN.config.beta_schedule == "scaled_linear"
-    with pytest.raises(
-        ValueError, match=r"scheduler_config has beta, which \w+Scheduler does not know; it knows"
-    ):
+    with pytest.raises(ValueError, match=r"scheduler_config has beta, which \w+Scheduler does not know; it knows"):
         build_scheduler(name, OWN, {"beta": 1})
 
 
