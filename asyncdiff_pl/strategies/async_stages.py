@@ -74,8 +74,8 @@ class AsyncDiffStrategy(GroupStrategy):
             )
         if self.cfg == 2 and getattr(module, "is_guided", None) is False:
             raise ValueError(
-                "cfg 2 halves the guidance batch, but guidance is off: turn it on (a guidance scale above 1), or take "
-                "cfg 1."
+                "cfg 2 halves the guidance batch, but guidance is off: turn it on (a guidance scale above 1) where the "
+                "pipeline guides in one batch, as FLUX does not, or take cfg 1."
             )
 
     @override
