@@ -34,6 +34,8 @@ TokenMaker = Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[Tensor, Te
 class SceneBatches(IterableDataset):
     """Batches of scenes without their pictures, each in its place: batch n of a rank is the same in every run.
 
+    With `repeat`, as many places in a row have the same batch.
+
     Args:
         split: Which scenes.
         batch_size: Scenes of a batch.
@@ -46,6 +48,7 @@ class SceneBatches(IterableDataset):
         changed: Number of changed captions of each scene.
         class_captions: Share of all captions that only name the class of a scene's single object.
         tokenize: Makes tokens of the captions as well.
+        repeat: Times that a batch comes in a row.
     """
 
     split: Split
@@ -59,6 +62,7 @@ class SceneBatches(IterableDataset):
     changed: int
     class_captions: float = 0.0
     tokenize: TokenMaker | None = None
+    repeat: int = 1
 
     @override
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -69,8 +73,9 @@ class SceneBatches(IterableDataset):
             place += step
 
     def batch(self, place: int) -> dict[str, Any]:
-        """Batch number `place` of this rank: index, fps, captions, changed captions and labels."""
-        start = (place * self.ranks + self.rank) * self.batch_size
+        """The batch in place `place` of this rank: its number, index, fps, captions, changed captions and labels."""
+        number = place // self.repeat
+        start = (number * self.ranks + self.rank) * self.batch_size
         index = torch.arange(start, start + self.batch_size)
         # a state of its own: a batch depends on its place alone
         generator = torch.Generator().manual_seed(start)
@@ -80,6 +85,7 @@ class SceneBatches(IterableDataset):
         texts, changes = self._texts(scenes, generator)
         caption_label = self._shorten(scenes, label, texts, changes, generator)
         batch = {
+            "number": number,
             "index": index,
             "fps": torch.randint(low, high + 1, (self.batch_size,), generator=generator).float(),
             "captions": texts,
@@ -141,6 +147,8 @@ class SceneClips(LightningDataModule):
         changed_captions: Captions of each scene that are wrong in one attribute.
         validation_changed_captions: The same for validation scenes; the number of `changed_captions` if null.
         class_captions: Share of training captions that are short and name the class alone; single objects have them.
+        repeat: Training steps in a row that have the same clips and captions, each with noise of its own. Drawing and
+            encoding clips takes about as long as a step of a small denoiser, and is then done once for all of them.
         validation_batches: Number of validation batches, shared out over the ranks.
         num_workers: Processes that make captions; 0 makes them in the training process.
     """
@@ -157,6 +165,7 @@ class SceneClips(LightningDataModule):
         changed_captions: int = 0,
         validation_changed_captions: int | None = None,
         class_captions: float = 0.0,
+        repeat: int = 1,
         validation_batches: int = 8,
         num_workers: int = 4,
     ) -> None:
@@ -165,6 +174,7 @@ class SceneClips(LightningDataModule):
             "batch_size": batch_size,
             "num_frames": num_frames,
             "size": size,
+            "repeat": repeat,
             "validation_batches": validation_batches,
         }
         for name, value in least.items():
@@ -185,10 +195,13 @@ class SceneClips(LightningDataModule):
             changed_captions if validation_changed_captions is None else validation_changed_captions
         )
         self.class_captions = class_captions
+        self.repeat = repeat
         self.validation_batches = validation_batches
         self.num_workers = num_workers
         self.tokenize: TokenMaker | None = None
         """Makes tokens in the workers, if a module sets it."""
+        self._drawn: tuple[int, Tensor] | None = None
+        """Number and clips of the training batch that was drawn last."""
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -217,6 +230,7 @@ class SceneClips(LightningDataModule):
             self.changed if is_training else self.validation_changed,
             self.class_captions if is_training else 0.0,
             self.tokenize,
+            self.repeat if is_training else 1,
         )
         workers = self.num_workers if is_training else min(1, self.num_workers)
         return DataLoader(
@@ -233,10 +247,19 @@ class SceneClips(LightningDataModule):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Draws the clips on the device that the batch is on."""
         assert self.trainer is not None
-        index, fps = batch["index"], batch["fps"]
-        is_training = self.trainer.training
-        scenes = sample_scenes(index, "train" if is_training else "validation", max_objects=self.max_objects)
+        if not self.trainer.training:
+            return {**batch, "frames": self._draw(batch, "validation")}
+        number = batch["number"]
+        if self._drawn is None or self._drawn[0] != number or self._drawn[1].device != batch["fps"].device:
+            # what was drawn before is let go first: a batch of clips is large
+            self._drawn = None
+            self._drawn = number, self._draw(batch, "train")
+        return {**batch, "frames": self._drawn[1]}
+
+    def _draw(self, batch: dict[str, Any], split: Split) -> Tensor:
+        """Clips [B, F, 3, H, W] from 0 to 1."""
+        fps = batch["fps"]
         times = torch.arange(self.num_frames, device=fps.device) / fps[:, None]
-        if is_training and self.max_start:
+        if split == "train" and self.max_start:
             times = times + self.max_start * torch.rand_like(fps)[:, None]
-        return {**batch, "frames": draw(scenes, times, self.size)}
+        return draw(sample_scenes(batch["index"], split, max_objects=self.max_objects), times, self.size)

@@ -47,6 +47,20 @@ def test_training_scenes_never_come_twice():
     assert indices(data(Asked(1, accumulate=2)).train_dataloader(), 1) == [[6, 7, 8]]
 
 
+def test_repeated_clips_are_drawn_once_for_all_their_steps():
+    module = data(repeat=3, max_start=2.0)
+    batches = [module.on_after_batch_transfer(batch, 0) for batch in islice(iter(module.train_dataloader()), 7)]
+    frames = [batch["frames"] for batch in batches]
+    assert [batch["index"][0] for batch in batches] == [0, 0, 0, 3, 3, 3, 6]
+    assert all(one is frames[0] for one in frames[:3])
+    assert all(one is frames[3] for one in frames[3:6])
+    # a run that goes on after step 4 has the scenes that it would have had
+    assert indices(data(Asked(4), repeat=3).train_dataloader(), 3) == [[3, 4, 5], [3, 4, 5], [6, 7, 8]]
+    # validation scenes come once
+    module.trainer.training = False
+    assert indices(module.val_dataloader(), 2) == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_workers_change_nothing():
     own, with_workers = (data(num_workers=n, changed_captions=1).train_dataloader() for n in (0, 2))
     for one, other in islice(zip(own, with_workers, strict=False), 3):
@@ -79,6 +93,7 @@ def test_some_captions_name_the_class_alone():
     ("settings", "sentence"),
     [
         ({"batch_size": 0}, "data.batch_size is 0; give a number from 1 up"),
+        ({"repeat": 0}, "data.repeat is 0; give a number from 1 up"),
         ({"min_fps": 9, "max_fps": 3}, "min_fps is 9 and max_fps 3; give 2 <= min_fps"),
         ({"max_objects": 4}, "max_objects is 4; give 1, 2 or 3"),
     ],

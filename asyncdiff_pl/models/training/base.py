@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class NetworkTraining(LightningModule):
         """Makes tokens of captions, if the network is trained with captions."""
         self._sums: dict[str, Any] = {}
         self._summed = 0
+        self._encoded: tuple[Tensor, Tensor] | None = None
 
     # -- what a subclass says -----------------------------------------------------------------------------------
 
@@ -145,6 +146,18 @@ class NetworkTraining(LightningModule):
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)
         return schedule
+
+    def _once(self, frames: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is made of clips without chance, once for all steps that have the same clips.
+
+        Args:
+            frames: The clips of a batch; known again as an object.
+            encode: Makes it; one thing only is kept.
+        """
+        if self._encoded is None or self._encoded[0] is not frames:
+            self._encoded = None
+            self._encoded = frames, encode(frames)
+        return self._encoded[1]
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens of the captions [B, L] and of the changed ones [B, K, L]."""

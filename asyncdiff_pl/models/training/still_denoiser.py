@@ -106,7 +106,7 @@ class StillDenoiserTraining(NetworkTraining):
 
     def _losses(self, batch: Batch, timesteps: Tensor, dropped: Tensor) -> Tensor:
         """The loss of each picture [B]."""
-        latents = self.picture_latents(batch["frames"][:, 0])
+        latents = self._once(batch["frames"], lambda frames: self.picture_latents(frames[:, 0]))
         noise = torch.randn_like(latents)
         noisy = self.noise.add(latents, noise, timesteps)
         output = self.predict(noisy, timesteps, self.condition(batch, dropped))

@@ -156,7 +156,7 @@ class VideoDenoiserTraining(NetworkTraining):
         clips = batch["frames"]
         low, high = self.noise_aug
         noise_aug = low * (high / low) ** torch.rand(len(clips), device=clips.device)
-        latents = self.clip_latents(clips)
+        latents = self._once(clips, self.clip_latents)
         self._check_size(latents)
         condition = self.condition_latents(clips[:, 0], noise_aug) * keep.view(-1, 1, 1, 1)
         embedding = self.embed_pictures(clips[:, 0]) * keep.view(-1, 1, 1)

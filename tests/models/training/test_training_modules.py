@@ -203,6 +203,29 @@ def test_the_video_network_is_trained_in_the_conditions_of_its_pipeline():
 
 
 @pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize(
+    ("kind", "encoded"),
+    [
+        # the picture that the video network is given has noise of its own in each step
+        ("video denoiser", [[12, 4], [4], [12, 4]]),
+        ("image denoiser", [[4], [], [4]]),
+        ("class denoiser", [[4], [], [4]]),
+    ],
+)
+def test_clips_are_encoded_once_for_steps_that_share_them(kind, encoded):
+    make, _, num_frames = CASES[kind]
+    module, batch, again = build(make), clips(num_frames), clips(num_frames)
+    seen, losses = [], []
+    module.frozen["vae"].encoder.register_forward_pre_hook(lambda _, inputs: seen[-1].append(len(inputs[0])))
+    for used in (batch, {**batch}, again):
+        seen.append([])
+        with drawn_from(1, CPU):
+            losses.append(module.loss(used)["loss"].item())
+    assert seen == encoded
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
 def test_the_image_network_is_trained_in_the_conditions_of_its_pipeline():
     module, batch = build(ImageDenoiserTraining), clips(1, size=64, number=2)
     used = seen_by(module.network, lambda: module.sample(batch, torch.Generator()))
