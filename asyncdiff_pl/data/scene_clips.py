@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
 from asyncdiff_pl.data.scenes import (
+    BACKGROUNDS,
     CLASS_NAMES,
     NUM_WORDINGS,
+    SIZES,
     Scenes,
     Split,
     captions,
@@ -49,6 +51,8 @@ class SceneBatches(IterableDataset):
         class_captions: Share of all captions that only name the class of a scene's single object.
         tokenize: Makes tokens of the captions as well.
         repeat: Times that a batch comes in a row.
+        sizes: Sizes that objects have.
+        backgrounds: Backgrounds that scenes have.
     """
 
     split: Split
@@ -63,6 +67,8 @@ class SceneBatches(IterableDataset):
     class_captions: float = 0.0
     tokenize: TokenMaker | None = None
     repeat: int = 1
+    sizes: tuple[str, ...] = SIZES
+    backgrounds: tuple[str, ...] = BACKGROUNDS
 
     @override
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -79,7 +85,9 @@ class SceneBatches(IterableDataset):
         index = torch.arange(start, start + self.batch_size)
         # a state of its own: a batch depends on its place alone
         generator = torch.Generator().manual_seed(start)
-        scenes = sample_scenes(index, self.split, max_objects=self.max_objects)
+        scenes = sample_scenes(
+            index, self.split, max_objects=self.max_objects, sizes=self.sizes, backgrounds=self.backgrounds
+        )
         low, high = self.fps
         label = class_of(scenes)
         texts, changes = self._texts(scenes, generator)
@@ -144,6 +152,10 @@ class SceneClips(LightningDataModule):
         max_fps: Highest frame rate; clips have all whole numbers between.
         max_start: Latest start of a training clip, in s; captions describe scenes as they are at 0 s.
         max_objects: Most objects of a scene, 1 to 3.
+        sizes: Sizes that objects have, of small, medium and large; null for all. Objects that are large alone need
+            `max_objects` 1.
+        backgrounds: Backgrounds that scenes have, of gradient, spotlight, stripes, checkered floor, hills, mountains,
+            sea, sunset, clouds, night sky and blurred lights; null for all.
         changed_captions: Captions of each scene that are wrong in one attribute.
         validation_changed_captions: The same for validation scenes; the number of `changed_captions` if null.
         class_captions: Share of training captions that are short and name the class alone; single objects have them.
@@ -162,6 +174,8 @@ class SceneClips(LightningDataModule):
         max_fps: int = 10,
         max_start: float = 0.0,
         max_objects: int = 3,
+        sizes: list[str] | None = None,
+        backgrounds: list[str] | None = None,
         changed_captions: int = 0,
         validation_changed_captions: int | None = None,
         class_captions: float = 0.0,
@@ -184,6 +198,10 @@ class SceneClips(LightningDataModule):
             raise ValueError(f"min_fps is {min_fps} and max_fps {max_fps}; give 2 <= min_fps <= max_fps.")
         if not 1 <= max_objects <= 3:
             raise ValueError(f"max_objects is {max_objects}; give 1, 2 or 3.")
+        self.sizes = SIZES if sizes is None else tuple(sizes)
+        self.backgrounds = BACKGROUNDS if backgrounds is None else tuple(backgrounds)
+        # says what is wrong before anything runs
+        sample_scenes(torch.arange(1), max_objects=max_objects, sizes=self.sizes, backgrounds=self.backgrounds)
         self.batch_size = batch_size
         self.num_frames = num_frames
         self.size = size
@@ -231,6 +249,8 @@ class SceneClips(LightningDataModule):
             self.class_captions if is_training else 0.0,
             self.tokenize,
             self.repeat if is_training else 1,
+            self.sizes,
+            self.backgrounds,
         )
         workers = self.num_workers if is_training else min(1, self.num_workers)
         return DataLoader(
@@ -262,4 +282,7 @@ class SceneClips(LightningDataModule):
         times = torch.arange(self.num_frames, device=fps.device) / fps[:, None]
         if split == "train" and self.max_start:
             times = times + self.max_start * torch.rand_like(fps)[:, None]
-        return draw(sample_scenes(batch["index"], split, max_objects=self.max_objects), times, self.size)
+        scenes = sample_scenes(
+            batch["index"], split, max_objects=self.max_objects, sizes=self.sizes, backgrounds=self.backgrounds
+        )
+        return draw(scenes, times, self.size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asyncdiff_pl.data.scene_clips import SceneClips
-from asyncdiff_pl.data.scenes import CLASS_NAMES, captions, class_caption, sample_scenes
+from asyncdiff_pl.data.scenes import CLASS_NAMES, captions, class_caption, draw, sample_scenes
 
 
 class Asked:
@@ -61,6 +61,15 @@ def test_repeated_clips_are_drawn_once_for_all_their_steps():
     assert indices(module.val_dataloader(), 2) == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_captions_and_pictures_are_of_the_sizes_and_backgrounds_asked_for():
+    module = data(batch_size=40, max_objects=1, sizes=["large"], backgrounds=["sea", "hills"], size=32)
+    batch = module.on_after_batch_transfer(next(iter(module.train_dataloader())), 0)
+    scenes = sample_scenes(batch["index"], max_objects=1, sizes=("large",), backgrounds=("sea", "hills"))
+    assert all(text in five for text, five in zip(batch["captions"], captions(scenes), strict=True))
+    times = torch.arange(2) / batch["fps"][:, None]
+    torch.testing.assert_close(batch["frames"], draw(scenes, times, 32))
+
+
 def test_workers_change_nothing():
     own, with_workers = (data(num_workers=n, changed_captions=1).train_dataloader() for n in (0, 2))
     for one, other in islice(zip(own, with_workers, strict=False), 3):
@@ -95,6 +104,10 @@ def test_some_captions_name_the_class_alone():
         ({"batch_size": 0}, "data.batch_size is 0; give a number from 1 up"),
         ({"repeat": 0}, "data.repeat is 0; give a number from 1 up"),
         ({"min_fps": 9, "max_fps": 3}, "min_fps is 9 and max_fps 3; give 2 <= min_fps"),
+        ({"sizes": ["huge"]}, "sizes is .'huge'.; give some of small, medium, large, each once"),
+        ({"sizes": ["large"]}, "sizes is .'large'. and max_objects 3; give a smaller size too, or 1 object"),
+        ({"backgrounds": []}, "backgrounds is ..; give some of gradient"),
+        ({"backgrounds": ["sea", "sea"]}, "backgrounds is .'sea', 'sea'.; give some of gradient"),
         ({"max_objects": 4}, "max_objects is 4; give 1, 2 or 3"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,8 +25,37 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(table.to(device) for table in (palette_counts(), palette_names(), clashes(), radii))
 
 
+@functools.cache
+@torch.autocast("cpu", enabled=False)
+def _indices(chosen: tuple[str, ...], every: tuple[str, ...], device: torch.device) -> Tensor:
+    return torch.tensor([every.index(name) for name in chosen], device=device)
+
+
+def _check_chosen(what: str, chosen: Sequence[str], every: Sequence[str]) -> tuple[str, ...]:
+    """Some of the names of an attribute.
+
+    Args:
+        what: What the setting is called.
+        chosen: Names, each once.
+        every: All that there are.
+
+    Raises:
+        ValueError: None is given, one twice, or one that there is not.
+    """
+    unknown = [name for name in chosen if name not in every]
+    if unknown or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{what} is {list(chosen)}; give some of {', '.join(every)}, each once.")
+    return tuple(chosen)
+
+
 def sample_scenes(
-    index: Tensor, split: Split = "train", *, max_objects: int = 3, device: torch.device | str | None = None
+    index: Tensor,
+    split: Split = "train",
+    *,
+    max_objects: int = 3,
+    sizes: Sequence[str] = SIZES,
+    backgrounds: Sequence[str] = BACKGROUNDS,
+    device: torch.device | str | None = None,
 ) -> Scenes:
     """Makes the scenes of the given indices.
 
@@ -35,16 +65,23 @@ def sample_scenes(
         index: Indices from 0 up, int64, shape (B,).
         split: Splits share no scene.
         max_objects: Largest number of objects of a scene, 1 to 3; another number gives other scenes.
+        sizes: Sizes that objects have, of `SIZES`.
+        backgrounds: Backgrounds that scenes have, of `BACKGROUNDS`.
         device: Where the scenes are made; None takes the device of `index`.
 
     Returns:
         B scenes, with room for `max_objects` objects each.
 
     Raises:
-        ValueError: `max_objects` or the split is out of range.
+        ValueError: `max_objects`, the split, a size or a background is out of range, or large objects have no room.
     """
     if not 1 <= max_objects <= 3:
         raise ValueError(f"max_objects is {max_objects}; give 1, 2 or 3.")
+    sizes = _check_chosen("sizes", sizes, SIZES)
+    backgrounds = _check_chosen("backgrounds", backgrounds, BACKGROUNDS)
+    smaller = tuple(name for name in sizes if name != SIZES[2])
+    if max_objects > 1 and not smaller:
+        raise ValueError(f"sizes is {list(sizes)} and max_objects {max_objects}; give a smaller size too, or 1 object.")
     index = index.to(device if device is not None else index.device, torch.int64)
     numbers = Numbers(index, split)
     counts, names, clash, radii = _tables(index.device)
@@ -54,17 +91,18 @@ def sample_scenes(
     die = numbers.choice(10)
     number = 1 + (die >= of_ten[0]).long() + (die >= of_ten[1]).long()
 
-    background = numbers.choice(len(BACKGROUNDS))
+    background = _indices(backgrounds, BACKGROUNDS, index.device)[numbers.choice(len(backgrounds))]
     palette = numbers.bits() % counts[background]
     # colours in random order, those that would not stand out last; the top bits of the key are what orders them
     order = numbers.bits(len(COLOURS)) + (clash[background, palette].long() << 32)
     colour = order.argsort(dim=1)[:, :max_objects]
     shape = numbers.choice(len(SHAPES), max_objects)
     material = numbers.choice(len(MATERIALS), max_objects)
-    size = numbers.choice(len(SIZES), max_objects)
+    size = _indices(sizes, SIZES, index.device)[numbers.choice(len(sizes), max_objects)]
     # two large objects leave no room for a third
     crowded = (size == 2).long().cumsum(1) > 1
-    size = torch.where(crowded & (number >= 2)[:, None], numbers.choice(2, max_objects), size)
+    small = _indices(smaller or sizes, SIZES, index.device)[numbers.choice(len(smaller or sizes), max_objects)]
+    size = torch.where(crowded & (number >= 2)[:, None], small, size)
     radius = radii[size] * numbers.uniform(0.95, 1.05, max_objects)
     position = _places(numbers, radii[size], number)
 

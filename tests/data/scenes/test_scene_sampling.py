@@ -102,3 +102,29 @@ def test_bad_input_is_named():
         sample_scenes(torch.arange(2), max_objects=4)
     with pytest.raises(ValueError, match="none of the 80"):
         class_caption("mauve star")
+
+
+def test_sizes_and_backgrounds_can_be_chosen():
+    index = torch.arange(500)
+    chosen = sample_scenes(index, sizes=("large", "small"), backgrounds=("sea", "hills"))
+    assert set(chosen.size.flatten().tolist()) == {SIZES.index("small"), SIZES.index("large")}
+    assert {BACKGROUNDS[i] for i in chosen.background.tolist()} == {"sea", "hills"}
+    # no two large ones in a scene of several
+    several = chosen.number >= 2
+    assert ((chosen.size == 2) & (torch.arange(3) < chosen.number[:, None])).sum(1)[several].max() == 1
+    # what is not chosen stays as it is
+    assert torch.equal(chosen.shape, sample_scenes(index).shape)
+    assert set(sample_scenes(index, max_objects=1, sizes=("large",)).size.flatten().tolist()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"sizes": ()}, "sizes is ..; give some of small, medium, large"),
+        ({"backgrounds": ("moon",)}, "backgrounds is .'moon'.; give some of gradient"),
+        ({"sizes": ("large",)}, "max_objects 3; give a smaller size too, or 1 object"),
+    ],
+)
+def test_choices_that_cannot_be_had(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sample_scenes(torch.arange(2), **settings)
