@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from asyncdiff_pl.data.workers import worker_settings
 
 TokenMaker = Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[Tensor, Tensor]]
 """Turns captions and changed captions into tokens."""
+SceneMaker = Callable[..., Scenes]
+"""`sample_scenes` with its settings."""
 
 
 @dataclass
@@ -46,13 +49,11 @@ class SceneBatches(IterableDataset):
         rank: Which of the ranks this one is; ranks take other scenes.
         ranks: How many ranks there are.
         fps: Least and highest frame rate, whole numbers of frames a second.
-        max_objects: Most objects of a scene.
+        sample: Makes the scenes of indices of a split.
         changed: Number of changed captions of each scene.
         class_captions: Share of all captions that only name the class of a scene's single object.
         tokenize: Makes tokens of the captions as well.
         repeat: Times that a batch comes in a row.
-        sizes: Sizes that objects have.
-        backgrounds: Backgrounds that scenes have.
     """
 
     split: Split
@@ -62,13 +63,11 @@ class SceneBatches(IterableDataset):
     rank: int
     ranks: int
     fps: tuple[int, int]
-    max_objects: int
+    sample: SceneMaker
     changed: int
     class_captions: float = 0.0
     tokenize: TokenMaker | None = None
     repeat: int = 1
-    sizes: tuple[str, ...] = SIZES
-    backgrounds: tuple[str, ...] = BACKGROUNDS
 
     @override
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -83,11 +82,9 @@ class SceneBatches(IterableDataset):
         number = place // self.repeat
         start = (number * self.ranks + self.rank) * self.batch_size
         index = torch.arange(start, start + self.batch_size)
-        # a state of its own: a batch depends on its place alone
+        # a state of its own: a batch depends on its number alone
         generator = torch.Generator().manual_seed(start)
-        scenes = sample_scenes(
-            index, self.split, max_objects=self.max_objects, sizes=self.sizes, backgrounds=self.backgrounds
-        )
+        scenes = self.sample(index, self.split)
         low, high = self.fps
         label = class_of(scenes)
         texts, changes = self._texts(scenes, generator)
@@ -198,16 +195,20 @@ class SceneClips(LightningDataModule):
             raise ValueError(f"min_fps is {min_fps} and max_fps {max_fps}; give 2 <= min_fps <= max_fps.")
         if not 1 <= max_objects <= 3:
             raise ValueError(f"max_objects is {max_objects}; give 1, 2 or 3.")
-        self.sizes = SIZES if sizes is None else tuple(sizes)
-        self.backgrounds = BACKGROUNDS if backgrounds is None else tuple(backgrounds)
+        self.sample = functools.partial(
+            sample_scenes,
+            max_objects=max_objects,
+            sizes=SIZES if sizes is None else sizes,
+            backgrounds=BACKGROUNDS if backgrounds is None else backgrounds,
+        )
+        """Makes the scenes of indices of a split."""
         # says what is wrong before anything runs
-        sample_scenes(torch.arange(1), max_objects=max_objects, sizes=self.sizes, backgrounds=self.backgrounds)
+        self.sample(torch.arange(1))
         self.batch_size = batch_size
         self.num_frames = num_frames
         self.size = size
         self.fps = (min_fps, max_fps)
         self.max_start = max_start
-        self.max_objects = max_objects
         self.changed = changed_captions
         self.validation_changed = (
             changed_captions if validation_changed_captions is None else validation_changed_captions
@@ -244,13 +245,11 @@ class SceneClips(LightningDataModule):
             self.trainer.global_rank,
             self.trainer.world_size,
             self.fps,
-            self.max_objects,
+            self.sample,
             self.changed if is_training else self.validation_changed,
             self.class_captions if is_training else 0.0,
             self.tokenize,
             self.repeat if is_training else 1,
-            self.sizes,
-            self.backgrounds,
         )
         workers = self.num_workers if is_training else min(1, self.num_workers)
         return DataLoader(
@@ -282,7 +281,4 @@ class SceneClips(LightningDataModule):
         times = torch.arange(self.num_frames, device=fps.device) / fps[:, None]
         if split == "train" and self.max_start:
             times = times + self.max_start * torch.rand_like(fps)[:, None]
-        scenes = sample_scenes(
-            batch["index"], split, max_objects=self.max_objects, sizes=self.sizes, backgrounds=self.backgrounds
-        )
-        return draw(scenes, times, self.size)
+        return draw(self.sample(batch["index"], split), times, self.size)
