@@ -6,21 +6,24 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.training.captured_pass import CapturedPass
 from asyncdiff_pl.models.training.components import load_start
 from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.models.training.tokens import Tokenize
 
+Encoded = TypeVar("Encoded")
 Batch = dict[str, Any]
 """`frames` [B, F, 3, H, W] from 0 to 1, `captions`, `changed_captions`, `fps` [B], `label` [B]; data/scene_clips.py."""
 
@@ -35,6 +38,8 @@ class NetworkTraining(LightningModule):
         optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
+        capture: Record the network's forward and backward pass as CUDA graphs. A small network's steps on a GPU are
+            several times faster, since its thousands of kernels are then launched at once. Needs batches of one size.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class NetworkTraining(LightningModule):
         optimizer: Optimizer,
         compile: bool,
         start_from: str | None = None,
+        capture: bool = False,
     ) -> None:
         super().__init__()
         if start_from is not None:
@@ -50,13 +56,15 @@ class NetworkTraining(LightningModule):
         self.network = network.train().requires_grad_(True)
         self.optimizer = optimizer
         self.compile_network = compile
+        self.capture_network = capture
+        self._captured: CapturedPass | None = None
         self.frozen: dict[str, nn.Module] = {}
         """Networks that are used and not trained, by name."""
         self.tokenize: Tokenize | None = None
         """Makes tokens of captions, if the network is trained with captions."""
         self._sums: dict[str, Any] = {}
         self._summed = 0
-        self._encoded: tuple[Tensor, Tensor] | None = None
+        self._encoded: tuple[Tensor, Any] | None = None
 
     # -- what a subclass says -----------------------------------------------------------------------------------
 
@@ -105,7 +113,16 @@ class NetworkTraining(LightningModule):
         for part in self.frozen.values():
             part.to(self.device)
         if self.compile_network:
+            # whole, also under DDP: the network is small, and its gradients are sent after all of its backward pass
+            torch._dynamo.config.optimize_ddp = False
             self.network.compile()
+        if self.capture_network and self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"model.capture takes gradients of one batch, and trainer.accumulate_grad_batches is "
+                f"{self.trainer.accumulate_grad_batches}; set one of them back, model.capture to false say."
+            )
+        if self.capture_network and self.device.type != "cuda":
+            rank_zero_warn(f"model.capture does nothing on {self.device.type}: CUDA graphs need a GPU of NVIDIA.")
 
     @override
     def on_train_start(self) -> None:
@@ -141,13 +158,28 @@ class NetworkTraining(LightningModule):
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
+    def call_network(self, **inputs: Tensor) -> Tensor:
+        """What a denoiser makes of inputs without gradients; from CUDA graphs in training, if asked for.
+
+        Args:
+            inputs: The network's own arguments, all of them tensors.
+        """
+        if not (self.capture_network and self.network.training and self.device.type == "cuda"):
+            return self._call_network(**inputs)
+        if self._captured is None:
+            self._captured = CapturedPass(self._call_network, self.network.parameters(), inputs)
+        return self._captured(**inputs)
+
+    def _call_network(self, **inputs: Tensor) -> Tensor:
+        return self.network(**inputs, return_dict=False)[0]
+
     @property
     def _schedule(self) -> LambdaLR:
         schedule = self.lr_schedulers()
         assert isinstance(schedule, LambdaLR)
         return schedule
 
-    def _once(self, frames: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _once(self, frames: Tensor, encode: Callable[[Tensor], Encoded]) -> Encoded:
         """What is made of clips without chance, once for all steps that have the same clips.
 
         Args:

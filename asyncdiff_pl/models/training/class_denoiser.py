@@ -32,6 +32,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
         optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
+        capture: Record the network's forward and backward pass as CUDA graphs: several times faster steps on a GPU.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
         optimizer: Optimizer = Optimizer(weight_decay=0.0),
         compile: bool = False,
         start_from: str | None = None,
+        capture: bool = False,
     ) -> None:
         network = new_network(DiTTransformer2DModel, architecture)
         classes = network.config.num_embeds_ada_norm
@@ -66,6 +68,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
             optimizer=optimizer,
             compile=compile,
             start_from=start_from,
+            capture=capture,
         )
         for part in network.modules():
             if isinstance(part, LabelEmbedding):
@@ -78,7 +81,7 @@ class ClassDenoiserTraining(StillDenoiserTraining):
 
     @override
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        return self.network(noisy, timestep=timesteps, class_labels=condition, return_dict=False)[0]
+        return self.call_network(hidden_states=noisy, timestep=timesteps, class_labels=condition)
 
     def pipeline(self) -> DiTPipeline:
         """The pipeline of the network as it is now."""

@@ -34,6 +34,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
         optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
+        capture: Record the network's forward and backward pass as CUDA graphs: several times faster steps on a GPU.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
         optimizer: Optimizer = Optimizer(),
         compile: bool = False,
         start_from: str | None = None,
+        capture: bool = False,
     ) -> None:
         super().__init__(
             new_network(UNet2DConditionModel, architecture),
@@ -61,6 +63,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
             optimizer=optimizer,
             compile=compile,
             start_from=start_from,
+            capture=capture,
         )
         self.clip_folder = find_component(clip)
         self.tokenizer = CLIPTokenizer.from_pretrained(self.clip_folder)
@@ -85,7 +88,7 @@ class ImageDenoiserTraining(StillDenoiserTraining):
 
     @override
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        return self.network(noisy, timesteps, encoder_hidden_states=condition, return_dict=False)[0]
+        return self.call_network(sample=noisy, timestep=timesteps, encoder_hidden_states=condition)
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The pipeline of the network as it is now."""

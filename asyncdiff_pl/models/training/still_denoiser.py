@@ -117,7 +117,8 @@ class StillDenoiserTraining(NetworkTraining):
     def pictures(self, batch: Batch) -> Tensor | None:
         if not self.num_samples:
             return None
-        first = {name: value[: self.num_samples] for name, value in batch.items()}
+        # a batch has its own number too, which is no list
+        first = {name: value[: self.num_samples] for name, value in batch.items() if name != "number"}
         with drawn_from(0, self.device):
             made = self.sample(first, torch.Generator().manual_seed(0))
         return torch.stack([first["frames"][:, 0], made.to(first["frames"])])

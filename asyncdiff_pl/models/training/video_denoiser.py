@@ -48,6 +48,7 @@ class VideoDenoiserTraining(NetworkTraining):
         optimizer: How the weights follow the gradients.
         compile: Compile the network: faster steps on a GPU, after some minutes at the start.
         start_from: Folder of weights to start from, as exported, or the name of a component; null draws new ones.
+        capture: Record the network's forward and backward pass as CUDA graphs: several times faster steps on a GPU.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class VideoDenoiserTraining(NetworkTraining):
         optimizer: Optimizer = Optimizer(),
         compile: bool = False,
         start_from: str | None = None,
+        capture: bool = False,
     ) -> None:
         network = new_network(UNetSpatioTemporalConditionModel, architecture)
-        super().__init__(network, optimizer, compile, start_from)
+        super().__init__(network, optimizer, compile, start_from, capture)
         if not 0 < min_noise_aug <= max_noise_aug:
             raise ValueError(
                 f"min_noise_aug is {min_noise_aug} and max_noise_aug {max_noise_aug}; give 0 < min_noise_aug <= "
@@ -122,9 +124,9 @@ class VideoDenoiserTraining(NetworkTraining):
         return encode(vae, clips.flatten(0, 1)).unflatten(0, clips.shape[:2]) * vae.config.scaling_factor
 
     @staticmethod
-    def time_ids(clips: Tensor, fps: Tensor, noise_aug: Tensor) -> Tensor:
+    def time_ids(motion: Tensor, fps: Tensor, noise_aug: Tensor) -> Tensor:
         """The three numbers [B, 3] that the network is told: frame rate less one, motion, noise on the picture."""
-        return torch.stack([fps.to(noise_aug) - 1, motion_bucket(clips).to(noise_aug), noise_aug], dim=1)
+        return torch.stack([fps.to(noise_aug) - 1, motion.to(noise_aug), noise_aug], dim=1)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -156,24 +158,26 @@ class VideoDenoiserTraining(NetworkTraining):
         clips = batch["frames"]
         low, high = self.noise_aug
         noise_aug = low * (high / low) ** torch.rand(len(clips), device=clips.device)
-        latents = self._once(clips, self.clip_latents)
+        latents, embedding, motion = self._once(clips, self._encode)
         self._check_size(latents)
         condition = self.condition_latents(clips[:, 0], noise_aug) * keep.view(-1, 1, 1, 1)
-        embedding = self.embed_pictures(clips[:, 0]) * keep.view(-1, 1, 1)
         noise = torch.randn_like(latents)
         level = sigma.view(-1, 1, 1, 1, 1)
         around = v_preconditioning(level)
         inputs = torch.cat(
             [around.c_in * (latents + level * noise), condition[:, None].expand(-1, latents.shape[1], -1, -1, -1)], 2
         )
-        output = self.network(
-            inputs,
-            around.c_noise.flatten(),
-            encoder_hidden_states=embedding,
-            added_time_ids=self.time_ids(clips, batch["fps"], noise_aug),
-            return_dict=False,
-        )[0]
+        output = self.call_network(
+            sample=inputs,
+            timestep=around.c_noise.flatten(),
+            encoder_hidden_states=embedding * keep.view(-1, 1, 1),
+            added_time_ids=self.time_ids(motion, batch["fps"], noise_aug),
+        )
         return F.mse_loss(output.float(), v_target(latents, noise, level), reduction="none").flatten(1).mean(1)
+
+    def _encode(self, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, embeddings of the first frames and amounts of motion, none of which depend on the noise."""
+        return self.clip_latents(clips), self.embed_pictures(clips[:, 0]), motion_bucket(clips)
 
     @staticmethod
     def _check_size(latents: Tensor) -> None:

@@ -157,7 +157,7 @@ def seen_by(network, call):
     found = {}
 
     def look(module, args, kwargs):
-        found.update(kwargs, inputs=args[0])
+        found.update(kwargs, inputs=args[0] if args else kwargs["sample"])
         raise Seen
 
     handle = network.register_forward_pre_hook(look, with_kwargs=True)
@@ -252,6 +252,50 @@ def test_classes_are_dropped_in_all_blocks_at_once():
     noisy, times = torch.randn(2, 4, 8, 8), torch.tensor([5, 5])
     module.network.train()
     assert torch.equal(*(module.predict(noisy, times, batch["label"]) for _ in range(2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize("make", [VideoDenoiserTraining, ImageDenoiserTraining, ClassDenoiserTraining])
+def test_pictures_of_a_validation_batch_stand_beside_the_true_ones(make):
+    module, batch = build(lambda: make(num_samples=1, sample_steps=2)), clips(2, size=128, number=2)
+    found = module.pictures(batch)
+    columns = 2 if make is VideoDenoiserTraining else 1
+    assert found.shape == (2, columns, 3, 128, 128)
+    assert torch.equal(found[0], batch["frames"][0, :columns])
+
+
+class Accumulating(Asked):
+    accumulate_grad_batches = 2
+
+
+def test_a_capture_that_cannot_be_is_told():
+    module = ClassDenoiserTraining(capture=True)
+    module._trainer = Asked()
+    with pytest.warns(UserWarning, match="model.capture does nothing on cpu: CUDA graphs need a GPU of NVIDIA"):
+        module.on_fit_start()
+    module._trainer = Accumulating()
+    with pytest.raises(ValueError, match=r"takes gradients of one batch, and trainer\.accumulate_grad_batches is 2"):
+        module.on_fit_start()
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("make", [VideoDenoiserTraining, ImageDenoiserTraining, ClassDenoiserTraining])
+def test_captured_steps_are_the_steps_without_capture(make):
+    losses = {}
+    for capture in (False, True):
+        module, batch = build(functools.partial(make, capture=capture)).cuda(), clips(2, number=2)
+        module._trainer, batch = Asked(), {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        module.on_fit_start()
+        optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-3)
+        for _ in range(4):
+            with drawn_from(1, torch.device("cuda")), torch.autocast("cuda", torch.bfloat16):
+                loss = module.loss(batch)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.setdefault(capture, []).append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
 @pytest.mark.parametrize(
