@@ -14,7 +14,14 @@ from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.stages.cut import cut_hash
-from asyncdiff_pl.parallel.stages.pipeline import Settings, StagePipeline, is_installed
+from asyncdiff_pl.parallel.stages.pipeline import (
+    BalanceMode,
+    CompileMode,
+    Settings,
+    StagePipeline,
+    WarmUpMode,
+    is_installed,
+)
 from asyncdiff_pl.parallel.trajectory import Trajectory
 from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
 
@@ -109,6 +116,10 @@ def parallelize(
     time_shift: bool = False,
     cfg: int = 1,
     cut: Sequence[Sequence[str]] | None = None,
+    capture: bool = False,
+    compile: CompileMode = "none",
+    balance: BalanceMode = "operations",
+    warm_up_mode: WarmUpMode = "replicated",
     simulate: bool = False,
     scheduler: Any = None,
     timeout: timedelta | None = None,
@@ -130,6 +141,14 @@ def parallelize(
         time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.
         cfg: 2 gives each half of the guidance batch its own ranks.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
+        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU then
+            launches a step at once. Needs an NVIDIA GPU.
+        compile: What torch compiles: "none", "blocks" (the repeated blocks, each kind once) or "full" (the whole
+            denoiser; 1 stage only).
+        balance: What a found cut balances: "operations", counted, or "measured" times of the denoiser's units on this
+            device, which are kept on disk.
+        warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage, one
+            after the other, and holds the weights of its stage alone.
         simulate: Plays all ranks in this process, to see a layout's quality without its speed.
         scheduler: The scheduler that steps the latents, for a bare denoiser.
         timeout: How long to wait for another rank's message; None leaves it to the process group.
@@ -144,6 +163,7 @@ def parallelize(
     """
     layout = Layout(stages, stride, cfg)
     check_settings(layout, warm_up, cut, refresh_every)
+    check_modes(layout, warm_up, compile, warm_up_mode, simulate)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
     asks_for_noise = isinstance(warm_up, WarmUp) and warm_up.until_noise is not None
     timesteps = getattr(scheduler_in_use(), "timesteps", None)
@@ -169,8 +189,9 @@ def parallelize(
     owns_trajectory = trajectory is None
     trajectory = trajectory or Trajectory(denoiser, scheduler_in_use)
     pipeline, agreement = None, None
-    if layout.pipeline_ranks > 1:
-        settings = Settings(layout, warm_up, time_shift, cut, refresh_every)
+    # one rank alone is captured and compiled as well
+    if layout.pipeline_ranks > 1 or capture or compile != "none":
+        settings = Settings(layout, warm_up, time_shift, cut, refresh_every, capture, compile, balance, warm_up_mode)
         pipeline = StagePipeline(denoiser, trajectory, settings, exchange, coordinates)
     if pipeline and exchange:
         agreement = Agreement(denoiser, trajectory, exchange, lambda: pipeline.turns_asynchronous)
@@ -193,6 +214,34 @@ def check_settings(
         )
     if cut is not None and len(cut) != layout.stages:
         raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
+
+
+def check_modes(
+    layout: Layout, warm_up: int | WarmUp, compile: CompileMode, warm_up_mode: WarmUpMode, simulate: bool
+) -> None:
+    """Checks which ways of running the stages go together.
+
+    Raises:
+        ValueError: Two of them do not.
+    """
+    if compile == "full" and layout.stages > 1:
+        raise ValueError(
+            f"compile full takes a denoiser that is whole, and stages is {layout.stages}; take compile blocks."
+        )
+    if warm_up_mode != "relay":
+        return
+    if simulate:
+        raise ValueError(
+            "warm_up_mode relay gives each rank the weights of its stage alone, and simulate plays all ranks in one "
+            "process; take warm_up_mode replicated, which computes the same."
+        )
+    if layout.stages == 1:
+        raise ValueError("warm_up_mode relay passes exact steps from stage to stage, and stages is 1; take 2 or more.")
+    if isinstance(warm_up, WarmUp) and warm_up.until_drift is not None:
+        raise ValueError(
+            "warm_up_mode relay shows a rank its own boundary tensors alone, and until_drift compares all of them; take "
+            "a number of steps or until_noise."
+        )
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:

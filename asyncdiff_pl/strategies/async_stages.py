@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Layout, Parallel, WarmUp, parallelize
-from asyncdiff_pl.parallel.api import check_settings
+from asyncdiff_pl.parallel.api import check_modes, check_settings
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
 from asyncdiff_pl.strategies.base import GroupStrategy
 
@@ -37,6 +37,14 @@ class AsyncDiffStrategy(GroupStrategy):
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         cut: For each stage the list of its module names in the denoiser (a name covers all below it); null finds a
             balanced cut.
+        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that the
+            CPU launches a step at once; needs an NVIDIA GPU.
+        compile: What torch compiles, in minutes at the first sample: none, blocks (the repeated blocks, each kind once)
+            or full (the whole denoiser; 1 stage only).
+        balance: What a found cut balances: operations, which are counted, or measured, the times of the denoiser's
+            units on this device, kept on disk.
+        warm_up_mode: replicated has every rank compute exact steps whole; relay has each compute its own stage, one
+            after the other, and holds the weights of its stage alone: slower, with less memory.
         simulate: Plays all ranks in one process, to see a layout's quality on one device without its speed.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
     """
@@ -50,11 +58,16 @@ class AsyncDiffStrategy(GroupStrategy):
         time_shift: bool = False,
         cfg: int = 1,
         cut: list[list[str]] | None = None,
+        capture: bool = False,
+        compile: Literal["none", "blocks", "full"] = "none",
+        balance: Literal["operations", "measured"] = "operations",
+        warm_up_mode: Literal["replicated", "relay"] = "replicated",
         simulate: bool = False,
         timeout: float = 600.0,
     ) -> None:
         layout = Layout(stages, stride, cfg)
         check_settings(layout, warm_up, cut, refresh_every)
+        check_modes(layout, warm_up, compile, warm_up_mode, simulate)
         super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout)
         self.stages = stages
         self.stride = stride
@@ -63,6 +76,10 @@ class AsyncDiffStrategy(GroupStrategy):
         self.time_shift = time_shift
         self.cfg = cfg
         self.cut = cut
+        self.capture = capture
+        self.compile = compile
+        self.balance = balance
+        self.warm_up_mode = warm_up_mode
         self.simulate = simulate
 
     @override
@@ -121,6 +138,10 @@ class AsyncDiffStrategy(GroupStrategy):
             time_shift=self.time_shift,
             cfg=self.cfg,
             cut=self.cut,
+            capture=self.capture,
+            compile=self.compile,
+            balance=self.balance,
+            warm_up_mode=self.warm_up_mode,
             simulate=self.simulate,
             timeout=self.timeout,
             trajectory=module.trajectory,
@@ -137,6 +158,10 @@ class AsyncDiffStrategy(GroupStrategy):
             "refresh_every": self.refresh_every,
             "time_shift": self.time_shift,
             "cfg": self.cfg,
+            "capture": self.capture,
+            "compile": self.compile,
+            "balance": self.balance,
+            "warm_up_mode": self.warm_up_mode,
             "simulate": self.simulate,
             "cut": self._handle.cut_hash if self._handle and self._handle.cut else None,
         }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -33,6 +33,10 @@ from asyncdiff_pl.parallel.warm_up import Drift, Span, WarmUp, is_still, noise_l
 HOOK = "asyncdiff_pl"
 """Name of our hooks in diffusers' registry."""
 
+CompileMode = Literal["none", "blocks", "full"]
+BalanceMode = Literal["operations", "measured"]
+WarmUpMode = Literal["replicated", "relay"]
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a denoiser call."""
 
@@ -47,6 +51,10 @@ class Settings:
         time_shift: Whether asynchronous steps use the timestep of the step before.
         cut: For each stage the names of its modules; None finds a cut.
         refresh_every: Each how many-th step after warm-up is exact again; None for none.
+        capture: Whether the steps are recorded as CUDA graphs and replayed.
+        compile: What torch compiles: nothing, the repeated blocks, or the whole denoiser.
+        balance: What a cut balances: counted operations, or times measured on the device.
+        warm_up_mode: Whether exact steps are computed by every rank, or from stage to stage.
     """
 
     layout: Layout
@@ -54,6 +62,10 @@ class Settings:
     time_shift: bool = False
     cut: Sequence[Sequence[str]] | None = None
     refresh_every: int | None = None
+    capture: bool = False
+    compile: CompileMode = "none"
+    balance: BalanceMode = "operations"
+    warm_up_mode: WarmUpMode = "replicated"
 
 
 class StagePipeline(TrajectoryListener):
