@@ -141,14 +141,14 @@ def parallelize(
         time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.
         cfg: 2 gives each half of the guidance batch its own ranks.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
-        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU then
-            launches a step at once. Needs an NVIDIA GPU.
+        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU
+            then launches a step at once. Needs an NVIDIA GPU.
         compile: What torch compiles: "none", "blocks" (the repeated blocks, each kind once) or "full" (the whole
             denoiser; 1 stage only).
         balance: What a found cut balances: "operations", counted, or "measured" times of the denoiser's units on this
             device, which are kept on disk.
-        warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage, one
-            after the other, and holds the weights of its stage alone.
+        warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage,
+            one after the other, and holds the weights of its stage alone.
         simulate: Plays all ranks in this process, to see a layout's quality without its speed.
         scheduler: The scheduler that steps the latents, for a bare denoiser.
         timeout: How long to wait for another rank's message; None leaves it to the process group.
@@ -239,8 +239,8 @@ def check_modes(
         raise ValueError("warm_up_mode relay passes exact steps from stage to stage, and stages is 1; take 2 or more.")
     if isinstance(warm_up, WarmUp) and warm_up.until_drift is not None:
         raise ValueError(
-            "warm_up_mode relay shows a rank its own boundary tensors alone, and until_drift compares all of them; take "
-            "a number of steps or until_noise."
+            "warm_up_mode relay shows a rank its own boundary tensors alone, and until_drift compares all of them; "
+            "take a number of steps or until_noise."
         )
 
 

@@ -37,8 +37,8 @@ class AsyncDiffStrategy(GroupStrategy):
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         cut: For each stage the list of its module names in the denoiser (a name covers all below it); null finds a
             balanced cut.
-        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that the
-            CPU launches a step at once; needs an NVIDIA GPU.
+        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that
+            the CPU launches a step at once; needs an NVIDIA GPU.
         compile: What torch compiles, in minutes at the first sample: none, blocks (the repeated blocks, each kind once)
             or full (the whole denoiser; 1 stage only).
         balance: What a found cut balances: operations, which are counted, or measured, the times of the denoiser's

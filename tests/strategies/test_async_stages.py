@@ -133,6 +133,10 @@ def test_describe(warm_up, described):
         "refresh_every": 6,
         "time_shift": True,
         "cfg": 2,
+        "capture": False,
+        "compile": "none",
+        "balance": "operations",
+        "warm_up_mode": "replicated",
         "simulate": False,
         "cut": None,
     }
