@@ -14,14 +14,9 @@ from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.stages.cut import cut_hash
-from asyncdiff_pl.parallel.stages.pipeline import (
-    BalanceMode,
-    CompileMode,
-    Settings,
-    StagePipeline,
-    WarmUpMode,
-    is_installed,
-)
+from asyncdiff_pl.parallel.stages.hooks import is_installed
+from asyncdiff_pl.parallel.stages.pipeline import StagePipeline
+from asyncdiff_pl.parallel.stages.settings import BalanceMode, CompileMode, Settings, WarmUpMode
 from asyncdiff_pl.parallel.trajectory import Trajectory
 from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
 

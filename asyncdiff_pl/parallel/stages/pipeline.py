@@ -8,64 +8,29 @@ in the step before, and returns the noise estimate that the schedule names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
-from asyncdiff_pl.parallel.layout import Layout
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
+from asyncdiff_pl.parallel.stages.hooks import install, uninstall
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
+from asyncdiff_pl.parallel.stages.settings import Settings
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
 from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 from asyncdiff_pl.parallel.warm_up import Drift, Span, WarmUp, is_still, noise_levels, span_of
 
-HOOK = "asyncdiff_pl"
-"""Name of our hooks in diffusers' registry."""
-
-CompileMode = Literal["none", "blocks", "full"]
-BalanceMode = Literal["operations", "measured"]
-WarmUpMode = Literal["replicated", "relay"]
-
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a denoiser call."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a denoiser is run in stages.
-
-    Args:
-        layout: Stages, stride and guidance axis.
-        warm_up: Exact steps at the start of each sample, or until when steps are exact.
-        time_shift: Whether asynchronous steps use the timestep of the step before.
-        cut: For each stage the names of its modules; None finds a cut.
-        refresh_every: Each how many-th step after warm-up is exact again; None for none.
-        capture: Whether the steps are recorded as CUDA graphs and replayed.
-        compile: What torch compiles: nothing, the repeated blocks, or the whole denoiser.
-        balance: What a cut balances: counted operations, or times measured on the device.
-        warm_up_mode: Whether exact steps are computed by every rank, or from stage to stage.
-    """
-
-    layout: Layout
-    warm_up: int | WarmUp = 3
-    time_shift: bool = False
-    cut: Sequence[Sequence[str]] | None = None
-    refresh_every: int | None = None
-    capture: bool = False
-    compile: CompileMode = "none"
-    balance: BalanceMode = "operations"
-    warm_up_mode: WarmUpMode = "replicated"
 
 
 class StagePipeline(TrajectoryListener):
@@ -111,10 +76,10 @@ class StagePipeline(TrajectoryListener):
         self._active: StageCall | None = None
         containers, pieces = split_modules(denoiser)
         for name, module in pieces.items():
-            _install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
+            install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
         for name, module in containers.items():
-            _install(module, lambda call, args, kwargs, name=name: self._run_container(name, call, args, kwargs))
-        _install(denoiser, self._run_denoiser)
+            install(module, lambda call, args, kwargs, name=name: self._run_container(name, call, args, kwargs))
+        install(denoiser, self._run_denoiser)
         trajectory.subscribe(self)
 
     # -- handle -------------------------------------------------------------------------------------------------
@@ -155,13 +120,7 @@ class StagePipeline(TrajectoryListener):
         """Gives the denoiser back as it was."""
         self.reset()
         self.trajectory.unsubscribe(self)
-        HookRegistry.check_if_exists_or_initialize(self.denoiser).remove_hook(HOOK, recurse=True)
-        for module in self.denoiser.modules():
-            if hasattr(module, "_diffusers_hook") and not module._diffusers_hook.hooks:
-                # the registry is ours, and so is the attribute that hides the class's own forward
-                del module._diffusers_hook
-                if vars(module).get("forward") == type(module).forward.__get__(module):
-                    del module.forward
+        uninstall(self.denoiser)
 
     # -- what the trajectory tells ------------------------------------------------------------------------------
 
@@ -390,24 +349,6 @@ class StagePipeline(TrajectoryListener):
 
     def _run_container(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._active.run_container(name, call, args, kwargs) if self._active else call(*args, **kwargs)
-
-
-def is_installed(denoiser: nn.Module) -> bool:
-    """Whether a denoiser runs in stages."""
-    return hasattr(denoiser, "_diffusers_hook") and denoiser._diffusers_hook.get_hook(HOOK) is not None
-
-
-class _Replacement(ModelHook):
-    def __init__(self, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()
-        self.run = run
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.fn_ref.original_forward, args, kwargs)
-
-
-def _install(module: nn.Module, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(_Replacement(run), HOOK)
 
 
 def _into(tensors: list[torch.Tensor], leaves: list[Any]) -> list[Any]:
