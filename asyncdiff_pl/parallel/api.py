@@ -13,6 +13,7 @@ from torch import nn
 from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.layout import Groups, Layout
+from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_hash
 from asyncdiff_pl.parallel.stages.hooks import is_installed
 from asyncdiff_pl.parallel.stages.pipeline import StagePipeline
@@ -57,6 +58,12 @@ class Parallel:
     def cut_hash(self) -> str:
         """Tells this cut from others; empty where there is none."""
         return cut_hash(self.cut) if self.cut else ""
+
+    @property
+    def costs(self) -> list[UnitCost] | None:
+        """What each unit of the denoiser costs; None where nothing was measured, and before the first call."""
+        program = self._pipeline.program if self._pipeline else None
+        return program.costs() if program else None
 
     @property
     def sent_bytes(self) -> int:

@@ -19,12 +19,13 @@ from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
+from asyncdiff_pl.parallel.stages.costs import agreed_costs
 from asyncdiff_pl.parallel.stages.hooks import install, uninstall
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.settings import Settings
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
-from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
+from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 from asyncdiff_pl.parallel.warm_up import Drift, Span, WarmUp, is_still, noise_levels, span_of
@@ -323,7 +324,9 @@ class StagePipeline(TrajectoryListener):
             return
         if signature not in self._programs:
             self._programs[signature] = Program.make(
-                self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs, self.trajectory.call > 0
+                *(self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs),
+                leaves_out=self.trajectory.call > 0,
+                measure=self._measure(inputs),
             )
         stream.program = self._programs[signature]
         if self.trajectory.call == 0:
@@ -332,6 +335,13 @@ class StagePipeline(TrajectoryListener):
         stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
         self._sent_before += sum(exchange.sent_bytes for exchange in stream.exchanges)
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
+
+    def _measure(self, inputs: Inputs) -> Callable[[Graph], list[int]] | None:
+        """What measures a cut's costs at some inputs; None where operations are counted."""
+        settings = self.settings
+        if settings.balance == "operations":
+            return None
+        return lambda graph: agreed_costs(self.denoiser, self._forward, graph, *inputs, settings.compile, self.exchange)
 
     # -- modules ------------------------------------------------------------------------------------------------
 
