@@ -32,6 +32,7 @@ from asyncdiff_pl.models.loading import (
 from asyncdiff_pl.models.random_weights import component_class
 from asyncdiff_pl.models.schedulers import build_scheduler, check_scheduler_config, find_scheduler
 from asyncdiff_pl.parallel.api import denoiser_of
+from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -293,6 +294,7 @@ class DiffusionPredictor(LightningModule):
                 self.add_module(name, part.requires_grad_(False).eval())
         self._pipeline = pipeline
         self._trajectory = Trajectory(denoiser_of(pipeline), lambda: pipeline.scheduler)
+        HostSide(pipeline, denoiser_of(pipeline), self._trajectory)
 
     # -- a batch ------------------------------------------------------------------------------------------------
 

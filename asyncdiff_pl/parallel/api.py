@@ -12,6 +12,7 @@ from torch import nn
 
 from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
+from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_hash
@@ -29,7 +30,7 @@ class Parallel:
         pipeline: The installed stages; None where one rank computes everything.
         agreement: What keeps the ranks equal; None in one process.
         trajectory: Where the pipeline stands.
-        owns_trajectory: Whether `remove` takes the trajectory's hooks off as well.
+        host_side: What keeps the CPU ahead of the GPU; None where the trajectory's owner did that.
         layout: The layout in use.
     """
 
@@ -38,13 +39,13 @@ class Parallel:
         pipeline: StagePipeline | None,
         agreement: Agreement | None,
         trajectory: Trajectory,
-        owns_trajectory: bool,
+        host_side: HostSide | None,
         layout: Layout,
     ) -> None:
         self._pipeline = pipeline
         self._agreement = agreement
         self._trajectory = trajectory
-        self._owns_trajectory = owns_trajectory
+        self._host_side = host_side
         self.layout = layout
         self._is_removed = False
 
@@ -104,7 +105,9 @@ class Parallel:
         if self._agreement:
             self._agreement.remove()
             self._agreement.exchange.close()
-        if self._owns_trajectory:
+        if self._host_side:
+            # whoever gave the trajectory keeps it
+            self._host_side.remove()
             self._trajectory.remove()
 
 
@@ -188,8 +191,10 @@ def parallelize(
         groups = groups or Groups.build(layout)
         exchange = Exchange(groups, timeout)
         coordinates = layout.coordinates(dist.get_rank())[1:]
-    owns_trajectory = trajectory is None
-    trajectory = trajectory or Trajectory(denoiser, scheduler_in_use)
+    host_side = None
+    if trajectory is None:
+        trajectory = Trajectory(denoiser, scheduler_in_use)
+        host_side = HostSide(pipe, denoiser, trajectory)
     pipeline, agreement = None, None
     # one rank alone is captured and compiled as well
     if layout.pipeline_ranks > 1 or capture or compile != "none":
@@ -197,7 +202,7 @@ def parallelize(
         pipeline = StagePipeline(denoiser, trajectory, settings, exchange, coordinates)
     if pipeline and exchange:
         agreement = Agreement(denoiser, trajectory, exchange, lambda: pipeline.turns_asynchronous)
-    return Parallel(pipeline, agreement, trajectory, owns_trajectory, layout)
+    return Parallel(pipeline, agreement, trajectory, host_side, layout)
 
 
 def check_settings(
