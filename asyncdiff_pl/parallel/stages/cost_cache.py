@@ -88,7 +88,7 @@ def load_costs(found: dict[str, Any], graph: Graph) -> list[int] | None:
         if not all(isinstance(ns, int) and ns > 0 for ns in costs) or len(kept) != len(costs):
             raise ValueError("it holds other units, or no times")
         return costs
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
         warnings.warn(f"The costs in {path} cannot be read ({error!r}): they are measured anew.", stacklevel=2)

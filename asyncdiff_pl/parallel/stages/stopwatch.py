@@ -1,0 +1,112 @@
+"""How long a piece of a denoiser takes by itself on the device in use.
+
+On an NVIDIA GPU it is recorded as a CUDA graph and replayed: eager times of small pieces are those of the CPU that
+launches their kernels. Elsewhere it is run as it is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+
+ROUNDS = 10
+"""Replays on a GPU; their median counts."""
+
+LONG_ENOUGH_MS = 1.0
+"""How long a replay should take at least, so that its launch does not count: short units run in it several times."""
+
+MOST_TIMES = 20
+"""How often at most."""
+
+
+class Stopwatch(Protocol):
+    """Times what can be run again and again."""
+
+    def __call__(self, name: str, run: Callable[[], Any]) -> int:
+        """Nanoseconds of one run of a module."""
+
+
+class Clock:
+    """Times runs as they are: the median of three."""
+
+    def __call__(self, name: str, run: Callable[[], Any]) -> int:
+        """Nanoseconds of one run."""
+        durations = []
+        for _ in range(3):
+            start = time.perf_counter_ns()
+            run()
+            durations.append(time.perf_counter_ns() - start)
+        return int(statistics.median(durations))
+
+
+class GraphClock:
+    """Times runs on an NVIDIA GPU as CUDA graphs, by its own clock.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._has_warned = False
+
+    def __call__(self, name: str, run: Callable[[], Any]) -> int:
+        """Nanoseconds of one run; one that cannot be recorded is timed as it is, with a warning."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            # before a recording, libraries must have set themselves up for the stream
+            run()
+            times = max(1, min(MOST_TIMES, round(LONG_ENOUGH_MS / max(self._time(run, 1), 1e-3))))
+            try:
+                replay = self._record(run, times)
+            except RuntimeError as error:
+                self._warn(name, error)
+                replay, times = run, 1
+            ms = self._time(replay, ROUNDS)
+        return int(1e6 * ms / times)
+
+    def _record(self, run: Callable[[], Any], times: int) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.synchronize()
+        # `torch.cuda.graph` would empty the allocator's cache each time; threads of NCCL may go on
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            for _ in range(times):
+                run()
+        finally:
+            graph.capture_end()
+        # recordings share their memory as long as the first one lives, and are replayed only now
+        self._graphs.append(graph)
+        return graph.replay
+
+    def _time(self, run: Callable[[], Any], rounds: int) -> float:
+        """Median of the milliseconds of some runs."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+        for mark in marks[:-1]:
+            mark.record()
+            run()
+        marks[-1].record()
+        marks[-1].synchronize()
+        return statistics.median(begin.elapsed_time(end) for begin, end in pairwise(marks))
+
+    def _warn(self, name: str, error: RuntimeError) -> None:
+        if not self._has_warned:
+            warnings.warn(
+                f"{name} cannot be recorded as a CUDA graph ({error}): its time, and that of others like it, is that "
+                "of an eager run.",
+                stacklevel=2,
+            )
+        self._has_warned = True
+
+
+def stopwatch_for(device: torch.device) -> Stopwatch:
+    """What times units on a device."""
+    return GraphClock(device) if device.type == "cuda" else Clock()
