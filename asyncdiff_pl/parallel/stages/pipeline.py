@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
@@ -76,11 +77,18 @@ class StagePipeline(TrajectoryListener):
         self._twin = meta_twin(denoiser)
         self._active: StageCall | None = None
         containers, pieces = split_modules(denoiser)
+        if settings.layout.stages == 1 and settings.compile != "blocks":
+            # nothing is decided below the denoiser, which may be compiled as a whole
+            containers, pieces = {}, {}
+        self._compiled: Compiled | None = None
+        if settings.compile != "none":
+            self._compiled = Compiled(denoiser, pieces if settings.compile == "blocks" else {"": denoiser})
         for name, module in pieces.items():
             install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
         for name, module in containers.items():
             install(module, lambda call, args, kwargs, name=name: self._run_container(name, call, args, kwargs))
-        install(denoiser, self._run_denoiser)
+        run = self._run_denoiser
+        install(denoiser, run if self._compiled is None else self._compiled.allowing_all_kinds(run))
         trajectory.subscribe(self)
 
     # -- handle -------------------------------------------------------------------------------------------------
@@ -122,6 +130,8 @@ class StagePipeline(TrajectoryListener):
         self.reset()
         self.trajectory.unsubscribe(self)
         uninstall(self.denoiser)
+        if self._compiled is not None:
+            self._compiled.remove()
 
     # -- what the trajectory tells ------------------------------------------------------------------------------
 
@@ -143,6 +153,8 @@ class StagePipeline(TrajectoryListener):
         step = self.trajectory.position - stream.begins
         num_steps = self.trajectory.num_steps - stream.begins
         plan = self._plan(stream, step, num_steps)
+        if self._compiled is not None:
+            call = self._compiled.wrap("", call)
         if plan.is_exact:
             halves = self._exact(stream, plan, step, call, inputs)
             if self.exchange is not None and self.settings.layout.cfg == 2 and not stream.is_whole:
@@ -320,8 +332,14 @@ class StagePipeline(TrajectoryListener):
         stream.signature, stream.begins = signature, position
         stream.likes.clear()
         self._device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
-        if self.settings.layout.stages == 1:
-            return
+        if self.settings.layout.stages > 1:
+            self._cut_into_stages(stream, inputs)
+        if self._compiled is not None:
+            self._compiled.prepare(self._device)
+
+    def _cut_into_stages(self, stream: Stream, inputs: Inputs) -> None:
+        """Gives a stream the cut for its inputs, and buffers for what its stages exchange."""
+        signature = stream.signature
         if signature not in self._programs:
             self._programs[signature] = Program.make(
                 *(self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs),
@@ -355,6 +373,8 @@ class StagePipeline(TrajectoryListener):
             self._active = None
 
     def _run_piece(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._compiled is not None:
+            call = self._compiled.wrap(name, call)
         return self._active.run_piece(name, call, args, kwargs) if self._active else call(*args, **kwargs)
 
     def _run_container(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
