@@ -176,6 +176,7 @@ class Overlay:
             setattr(self.owner, self._name, self._own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method, and tells."""
         output = self._method(*args, **kwargs)
         self._after(self, output)
         return output
