@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.stages.absent import Absent
+from asyncdiff_pl.parallel.stages.phases import Phases
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.units import Output
 from asyncdiff_pl.parallel.stages.worker import Worker
@@ -42,6 +43,27 @@ class Stream:
     """Tensors like those of a result, for one half, on the meta device; and how a result is nested."""
     ahead: list[list[torch.Tensor]] = field(default_factory=list)
     """Estimates of the next step that were made in this one, one a half."""
+    phases: Phases | None = None
+    """Recordings of its steps; None where they are not captured."""
+
+    @property
+    def all_workers(self) -> list[Worker]:
+        """The stage ranks of all halves."""
+        return [worker for half in self.workers for worker in half]
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of boundary tensors that its exchanges were given to send."""
+        return sum(exchange.sent_bytes for exchange in self.exchanges)
+
+    def drop(self) -> None:
+        """Forgets all recordings and all stale values."""
+        if self.phases is not None:
+            self.phases.drop()
+        for worker in self.all_workers:
+            worker.drop()
+        for exchange in self.exchanges:
+            exchange.drop()
 
 
 @dataclass

@@ -12,27 +12,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, recorder_for
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
+from asyncdiff_pl.parallel.fingerprint import fingerprint
 from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
 from asyncdiff_pl.parallel.stages.hooks import install, uninstall
+from asyncdiff_pl.parallel.stages.phases import Body, Inputs, Made, Phase, Phases
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.settings import Settings
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
 from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, split_modules
-from asyncdiff_pl.parallel.stages.worker import make_workers
+from asyncdiff_pl.parallel.stages.worker import Worker, make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 from asyncdiff_pl.parallel.warm_up import Drift, Span, WarmUp, is_still, noise_levels, span_of
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a denoiser call."""
 
 
 class StagePipeline(TrajectoryListener):
@@ -68,11 +69,19 @@ class StagePipeline(TrajectoryListener):
         """Steps so far in which boundary tensors may have travelled."""
         self.exact_steps = 0
         """Steps of the sample in work, or of the last one, that were computed exactly."""
+        self.sent_bytes = 0
+        """Bytes of boundary tensors that this process has sent so far."""
+        self.num_graphs = 0
+        """Steps that were recorded so far."""
+        self.capture_refusal = ""
+        """Why steps are not captured though the settings ask for it."""
         self._last_exact: int | None = None
         self._first_batch = 0
-        self._sent_before = 0
         self._programs: dict[Any, Program] = {}
         self._streams: dict[int, Stream] = {}
+        self._set_aside: dict[int, Stream] = {}
+        self._recorder: Recorder | None = None
+        self._network: int | None = None
         self._forward = denoiser.forward
         self._twin = meta_twin(denoiser)
         self._active: StageCall | None = None
@@ -94,14 +103,6 @@ class StagePipeline(TrajectoryListener):
     # -- handle -------------------------------------------------------------------------------------------------
 
     @property
-    def sent_bytes(self) -> int:
-        """Bytes of boundary tensors that this process has sent so far."""
-        if self.exchange is not None:
-            return self.exchange.sent_bytes
-        streams = self._streams.values()
-        return self._sent_before + sum(exchange.sent_bytes for stream in streams for exchange in stream.exchanges)
-
-    @property
     def bytes_per_step(self) -> int:
         """Bytes of boundary tensors that travel in an asynchronous step, over all ranks of a half; as traced."""
         if self.program is None:
@@ -117,17 +118,16 @@ class StagePipeline(TrajectoryListener):
 
     def reset(self) -> None:
         """Forgets the sample in work, with all stale values."""
-        self._sent_before = self.sent_bytes
+        if self._recorder is None:
+            self._drop()
+            return
         for stream in self._streams.values():
-            for worker in [worker for half in stream.workers for worker in half]:
-                worker.drop()
-            for exchange in stream.exchanges:
-                exchange.drop()
-        self._streams.clear()
+            # recordings know the buffers by their place
+            self._join(stream)
 
     def remove(self) -> None:
         """Gives the denoiser back as it was."""
-        self.reset()
+        self._drop()
         self.trajectory.unsubscribe(self)
         uninstall(self.denoiser)
         if self._compiled is not None:
@@ -140,30 +140,30 @@ class StagePipeline(TrajectoryListener):
         self.exact_steps, self._last_exact = 0, None
         for stream in self._streams.values():
             stream.next_position = None
+            if stream.phases is not None:
+                stream.phases.begin_sample()
+        self._network = None
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
     def _run_denoiser(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stream = self._streams.setdefault(self.trajectory.call, Stream())
-        stream.is_whole = self._is_without_guidance(args, kwargs)
+        is_whole = self._is_without_guidance(args, kwargs)
         # without guidance both groups compute the same; one process that plays them computes it once
-        halves_here = self.halves[:1] if stream.is_whole else self.halves
-        inputs = [self._half_of(stream, args, kwargs, half) for half in halves_here]
-        self._prepare(stream, inputs[0])
+        halves_here = self.halves[:1] if is_whole else self.halves
+        inputs = [self._half_of(is_whole, args, kwargs, half) for half in halves_here]
+        stream = self._prepare(is_whole, inputs[0])
         step = self.trajectory.position - stream.begins
         num_steps = self.trajectory.num_steps - stream.begins
         plan = self._plan(stream, step, num_steps)
         if self._compiled is not None:
             call = self._compiled.wrap("", call)
         if plan.is_exact:
-            halves = self._exact(stream, plan, step, call, inputs)
-            if self.exchange is not None and self.settings.layout.cfg == 2 and not stream.is_whole:
-                halves = self.exchange.gather_halves(halves[0])
+            estimate = self._exact(stream, plan, step, call, inputs)
         else:
             self.asynchronous_steps += self.trajectory.call == 0
-            halves = self._asynchronous(stream, plan, call, inputs)
+            estimate = self._asynchronous(stream, plan, call, inputs)
         assert stream.result is not None
-        return tree_unflatten(_into(join_halves(halves), stream.result[0]), stream.result[1])
+        return tree_unflatten(_into(estimate, stream.result[0]), stream.result[1])
 
     def _is_without_guidance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call has no guidance batch, unlike the sample's first: guidance ended, or never belonged to it."""
@@ -174,8 +174,8 @@ class StagePipeline(TrajectoryListener):
             self._first_batch = batch
         return 2 * batch == self._first_batch
 
-    def _half_of(self, stream: Stream, args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Inputs:
-        if self.settings.layout.cfg == 1 or stream.is_whole:
+    def _half_of(self, is_whole: bool, args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Inputs:
+        if self.settings.layout.cfg == 1 or is_whole:
             return args, kwargs
         return split_batch(self._forward, args, kwargs, half)
 
@@ -205,21 +205,33 @@ class StagePipeline(TrajectoryListener):
 
     def _exact(
         self, stream: Stream, plan: StepPlan, step: int, call: Callable[..., Any], inputs: list[Inputs]
-    ) -> list[list[torch.Tensor]]:
+    ) -> list[torch.Tensor]:
         """Runs the whole denoiser on each half; boundary tensors are kept for an asynchronous step that may follow."""
         if self.trajectory.call == 0:
             self.exact_steps += 1
         if plan.fills:
-            for worker in [worker for half in stream.workers for worker in half]:
-                # a buffer that nobody read may still be received into
-                worker.settle()
+            for worker in stream.all_workers:
+                worker.restart()
         # only steps of one warm-up are compared: what is there before it is another sample's
         is_compared = plan.fills and stream.warm_up is None and step > 0 and step + 1 >= stream.span.fewest
-        drift = Drift(self.settings.layout.pipeline_ranks, self._device) if is_compared else None
+        phase = Phase("fill" if plan.fills else "exact", is_compared)
+        made = self._run_phase(
+            stream, phase, inputs, lambda given: self._compute_exact(stream, plan, call, given, is_compared)
+        )
+        self._end_warm_up(stream, step, made.drift)
+        if step + 1 == stream.warm_up or (plan.fills and stream.warm_up is not None):
+            self._last_exact = self.trajectory.position
+        return made.estimate
+
+    def _compute_exact(
+        self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: list[Inputs], is_compared: bool
+    ) -> Made:
+        layout = self.settings.layout
+        drift = Drift(layout.pipeline_ranks, self._device) if is_compared else None
         halves = []
         for at, (args, kwargs) in enumerate(inputs):
             if plan.fills:
-                first_rank = self.halves[at] * self.settings.layout.stage_ranks
+                first_rank = self.halves[at] * layout.stage_ranks
                 stage_call = StageCall(stream, at, self._device, drift=drift, first_rank=first_rank)
                 result = self._run_in(stage_call, call, args, kwargs)
             else:
@@ -227,131 +239,222 @@ class StagePipeline(TrajectoryListener):
             leaves, spec = tree_flatten(result)
             stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
             halves.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
-        self._end_warm_up(stream, step, drift)
-        if step + 1 == stream.warm_up or (plan.fills and stream.warm_up is not None):
-            self._last_exact = self.trajectory.position
-        return halves
+        if self.exchange is not None and layout.cfg == 2 and not stream.is_whole:
+            halves = self.exchange.gather_halves(halves[0])
+        return Made(join_halves(halves), drift=drift.sums() if drift else None)
 
-    def _end_warm_up(self, stream: Stream, step: int, drift: Drift | None) -> None:
+    def _end_warm_up(self, stream: Stream, step: int, drift: torch.Tensor | None) -> None:
         """Decides, alike on all ranks, whether a warm-up whose end was not known is over with this step."""
         if stream.warm_up is not None:
             return
         settings, still = self.settings.warm_up, False
         assert isinstance(settings, WarmUp) and settings.until_drift is not None
         if drift is not None:
-            sums = drift.sums() if self.exchange is None else self.exchange.add_up(drift.sums())
+            sums = drift if self.exchange is None else self.exchange.add_up(drift)
             still = is_still(sums, settings.until_drift)
         if stream.span.ends(step + 1, still):
             stream.warm_up = step + 1
 
     def _asynchronous(
+        self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: list[Inputs]
+    ) -> list[torch.Tensor]:
+        """Runs each rank's stage on each half, with what the other ranks made in the step before."""
+        turns, given = [], []
+        for at, half in enumerate(inputs):
+            for worker in stream.workers[at]:
+                turn = plan.turns[worker.rank]
+                if turn is not None:
+                    # each run gets lists of its own: UNets take T2I adapters' residuals out of theirs
+                    own = tree_map(lambda leaf: leaf, half)
+                    turns.append((at, worker))
+                    given.append(with_timestep(self._forward, *own, self.trajectory, turn.timestep + stream.begins))
+        phase = Phase(
+            "asynchronous" if plan.exchanges else "last",
+            stages=tuple(turn.stage if turn else None for turn in plan.turns),
+            estimate_from=plan.estimate_from,
+            parity=stream.all_workers[0].parity,
+        )
+        made = self._run_phase(
+            stream, phase, given, lambda given: self._compute_stages(stream, plan, call, turns, given)
+        )
+        if plan.exchanges:
+            for worker in [worker for half in stream.workers[: len(inputs)] for worker in half]:
+                worker.turn_over()
+        stream.ahead = made.ahead
+        return made.estimate
+
+    def _compute_stages(
         self,
         stream: Stream,
         plan: StepPlan,
         call: Callable[..., Any],
+        turns: list[tuple[int, Worker]],
         inputs: list[Inputs],
-    ) -> list[list[torch.Tensor]]:
+    ) -> Made:
         assert stream.program is not None
         made: dict[tuple[int, int], list[torch.Tensor]] = {}
-        for at, (args, kwargs) in enumerate(inputs):
-            for worker in stream.workers[at]:
-                turn = plan.turns[worker.rank]
-                if turn is None:
-                    continue
-                exchange = stream.exchanges[at]
-                if plan.exchanges:
-                    exchange.begin(worker, stream.program.messages, self.trajectory.position)
-                step = turn.timestep + stream.begins
-                # each run gets lists of its own: UNets take T2I adapters' residuals out of theirs
-                own_args, own_kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
-                given = with_timestep(self._forward, own_args, own_kwargs, self.trajectory, step)
-                stage_call = StageCall(stream, at, self._device, worker, plan.exchanges)
-                result = self._run_in(stage_call, call, *given)
-                if plan.exchanges:
-                    exchange.finish()
-                if worker.stage == stream.program.boundary.output_stage:
-                    made[at, worker.rank] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        sent_before = stream.sent_bytes
+        for (at, worker), (args, kwargs) in zip(turns, inputs, strict=True):
+            exchange = stream.exchanges[at]
             if plan.exchanges:
-                for worker in stream.workers[at]:
-                    worker.turn_over()
-        return self._estimates(stream, plan, made)
+                exchange.begin(worker, stream.program.messages, self.trajectory.position)
+            stage_call = StageCall(stream, at, self._device, worker, plan.exchanges)
+            result = self._run_in(stage_call, call, args, kwargs)
+            if plan.exchanges:
+                exchange.finish()
+            if worker.stage == stream.program.boundary.output_stage:
+                made[at, worker.rank] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if self._recorder is not None:
+            # a recording ends with nothing under way
+            self._join(stream)
+        estimate, ahead = self._estimates(stream, plan, made)
+        return Made(estimate, ahead, sent_bytes=stream.sent_bytes - sent_before)
 
     def _estimates(
         self, stream: Stream, plan: StepPlan, made: dict[tuple[int, int], list[torch.Tensor]]
-    ) -> list[list[torch.Tensor]]:
-        """The noise estimate of this step, in halves, on every rank."""
-        assert stream.program is not None
-        output_rank = stream.program.boundary.output_stage
-        ahead, halves = stream.ahead, []
-        # what the output stage made for the next step; only its rank has it
+    ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        """The noise estimate of this step on every rank, and what was made of the next one's here, in halves."""
+        assert stream.program is not None and stream.result is not None
+        layout, output_rank = self.settings.layout, stream.program.boundary.output_stage
         computed = range(1 if stream.is_whole else len(self.halves))
-        stream.ahead = [made.get((at, output_rank), []) for at in computed]
-        for at in computed:
-            halves.append(made.get((at, plan.estimate_from), []) if plan.is_new else ahead[at])
+        # with a stride the output stage's rank has made the next step's
+        ahead = [made.get((at, output_rank), []) for at in computed] if layout.stride > 1 else []
+        halves = [made.get((at, plan.estimate_from), []) if plan.is_new else stream.ahead[at] for at in computed]
         if self.exchange is None:
-            return halves
-        own, layout = halves[0], self.settings.layout
-        halves = []
+            return join_halves(halves), ahead
+        own, halves = halves[0], []
         for half in range(1 if stream.is_whole else layout.cfg):
-            assert stream.result is not None
             if half == self.half and plan.estimate_from == self.rank:
                 tensors = [tensor.contiguous() for tensor in own]
             else:
-                device = self._device
-                tensors = [
-                    torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
-                    for leaf in stream.result[0]
-                    if isinstance(leaf, torch.Tensor)
-                ]
+                likes = [leaf for leaf in stream.result[0] if isinstance(leaf, torch.Tensor)]
+                tensors = [torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device) for leaf in likes]
             self.exchange.broadcast(tensors, half * layout.stage_ranks + plan.estimate_from)
             halves.append(tensors)
-        return halves
+        return join_halves(halves), ahead
+
+    # -- recordings ---------------------------------------------------------------------------------------------
+
+    def _run_phase(self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Body) -> Made:
+        """Computes a step, or replays one like it."""
+        if stream.phases is None or not inputs:
+            made = body(inputs)
+        else:
+            phases, before = stream.phases, stream.phases.num_recorded
+            if self._network is None:
+                self._network = fingerprint(self.denoiser)
+            made = phases.run(
+                phase, inputs, self._network, body, lambda: tuple(worker.held for worker in stream.all_workers)
+            )
+            self.num_graphs += phases.num_recorded - before
+            if self.exchange is not None:
+                self.exchange.watch_replay(self.trajectory.position)
+        self.sent_bytes += made.sent_bytes
+        return made
+
+    def _begin_capture(self, stream: Stream) -> None:
+        if not self.settings.capture or self.capture_refusal:
+            return
+        try:
+            backend = dist.get_backend(self.exchange.groups.pipeline) if self.exchange else None
+            self._recorder = self._recorder or recorder_for(self._device, backend)
+        except CannotCapture as refusal:
+            self._refuse_capture(str(refusal))
+            return
+        stream.phases = Phases(self._recorder, self.denoiser, self._forward, self._device, self._refuse_capture)
+
+    def _refuse_capture(self, reason: str) -> None:
+        """Goes on without recordings."""
+        self.capture_refusal = reason
+        warnings.warn(f"Steps are not captured, and run without CUDA graphs: {reason}.", stacklevel=2)
+        for stream in self._set_aside.values():
+            stream.drop()
+        self._set_aside.clear()
+        for stream in self._streams.values():
+            if stream.phases is not None:
+                stream.phases.drop()
+                stream.phases = None
+                # all that was posted and not joined since was part of a recording
+                for part in (*stream.all_workers, *stream.exchanges):
+                    part.abandon()
+        self._recorder = None
+
+    def _join(self, stream: Stream) -> None:
+        for part in (*stream.exchanges, *stream.all_workers):
+            part.join()
+
+    def _drop(self) -> None:
+        for stream in (*self._streams.values(), *self._set_aside.values()):
+            stream.drop()
+        self._streams.clear()
+        self._set_aside.clear()
 
     # -- before the first call of a kind ------------------------------------------------------------------------
 
-    def _prepare(self, stream: Stream, inputs: Inputs) -> None:
+    def _prepare(self, is_whole: bool, inputs: Inputs) -> Stream:
+        """What there is for the call in work: all that belongs to its number in the step and to its inputs' kind."""
         position = self.trajectory.position
+        stream = self._streams.setdefault(self.trajectory.call, Stream())
         if stream.next_position != position:
             # the sample's first such call, or one after steps without it
             stream.begins = position
-            for worker in [worker for half in stream.workers for worker in half]:
+            for worker in stream.all_workers:
                 worker.settle()
         stream.next_position = position + 1
         leaves, spec = tree_flatten(without_timestep(self._forward, *inputs))
         # a whole batch looks like a half of one twice its size, but what is stale is another thing
-        signature = (tuple(_what_is_traced(leaf) for leaf in leaves), spec, stream.is_whole)
+        signature = (tuple(_what_is_traced(leaf) for leaf in leaves), spec, is_whole)
         if stream.signature == signature:
-            return
+            return stream
         if position > stream.begins and self.settings.layout.stages > 1:
             warnings.warn(
                 f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
                 stacklevel=2,
             )
-        for worker in [worker for half in stream.workers for worker in half]:
-            worker.drop()
-        stream.signature, stream.begins = signature, position
-        stream.likes.clear()
         self._device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
-        if self.settings.layout.stages > 1:
-            self._cut_into_stages(stream, inputs)
+        stream = self._turn_to(stream, signature)
+        stream.begins, stream.next_position = position, position + 1
+        if stream.signature != signature:
+            stream.signature, stream.is_whole = signature, is_whole
+            self._fit_out(stream, inputs)
+        if self.trajectory.call == 0 and stream.program is not None:
+            self.program = stream.program
+        return stream
+
+    def _turn_to(self, stream: Stream, signature: Any) -> Stream:
+        """Changes to another kind of inputs; with recordings, one kind more is kept for those that take turns."""
+        call = self.trajectory.call
+        other = self._set_aside.pop(call, None)
+        if other is not None and other.signature != signature:
+            other.drop()
+            other = None
+        if stream.phases is None:
+            stream.drop()
+        else:
+            self._join(stream)
+            self._set_aside[call] = stream
+        self._streams[call] = other or Stream()
+        return self._streams[call]
+
+    def _fit_out(self, stream: Stream, inputs: Inputs) -> None:
+        """Gives a kind of inputs its program and its buffers."""
         if self._compiled is not None:
             self._compiled.prepare(self._device)
+        self._begin_capture(stream)
+        if self.settings.layout.stages > 1:
+            self._cut_into_stages(stream, inputs)
 
     def _cut_into_stages(self, stream: Stream, inputs: Inputs) -> None:
         """Gives a stream the cut for its inputs, and buffers for what its stages exchange."""
-        signature = stream.signature
-        if signature not in self._programs:
-            self._programs[signature] = Program.make(
+        if stream.signature not in self._programs:
+            self._programs[stream.signature] = Program.make(
                 *(self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs),
                 leaves_out=self.trajectory.call > 0,
                 measure=self._measure(inputs),
             )
-        stream.program = self._programs[signature]
-        if self.trajectory.call == 0:
-            self.program = stream.program
+        stream.program = self._programs[stream.signature]
         layout, boundary = self.settings.layout, stream.program.boundary
         stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
-        self._sent_before += sum(exchange.sent_bytes for exchange in stream.exchanges)
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
 
     def _measure(self, inputs: Inputs) -> Callable[[Graph], list[int]] | None:

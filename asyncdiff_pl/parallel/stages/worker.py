@@ -27,6 +27,10 @@ class Worker:
         self._next: dict[int, torch.Tensor] = {}
         self._expected: dict[int, Pending] = {}
         self._pending: dict[int, Pending] = {}
+        self.parity = 0
+        """Which of the two buffers of each value is read."""
+        self.held: object = object()
+        """Another one when the buffers are others: a recording has their addresses."""
 
     def store(self, value: int, tensor: torch.Tensor) -> None:
         """Keeps a copy of a value that this rank computed itself, in an exact step."""
@@ -37,6 +41,7 @@ class Worker:
             with torch.inference_mode(False):
                 self._current[value] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
                 self._next[value] = torch.empty_like(self._current[value])
+            self.held = object()
         self._current[value].copy_(tensor)
 
     def read(self, value: int) -> torch.Tensor:
@@ -57,8 +62,27 @@ class Worker:
     def turn_over(self) -> None:
         """Begins the next round: what came in is current."""
         self.settle()
-        self._current, self._next = self._next, self._current
+        self._swap()
         self._pending, self._expected = self._expected, {}
+
+    def restart(self) -> None:
+        """Begins with the same one of the two buffers each time that all values are to be stored anew."""
+        # a buffer that nobody read may still be received into
+        self.settle()
+        if self.parity:
+            self._swap()
+
+    def join(self) -> None:
+        """Waits for all that is under way; on a GPU only the stream does."""
+        self.settle()
+        for pending in self._expected.values():
+            pending.wait()
+        self._expected.clear()
+
+    def abandon(self) -> None:
+        """Forgets what is under way in a recording that came to nothing."""
+        self._pending.clear()
+        self._expected.clear()
 
     def settle(self) -> None:
         """Waits for what nobody has read, so that its buffer can be received into again."""
@@ -68,11 +92,14 @@ class Worker:
 
     def drop(self) -> None:
         """Waits for all that is under way and forgets all values."""
-        self.settle()
-        self._pending, self._expected = self._expected, {}
-        self.settle()
+        self.join()
         self._current.clear()
         self._next.clear()
+        self.held = object()
+
+    def _swap(self) -> None:
+        self._current, self._next = self._next, self._current
+        self.parity ^= 1
 
 
 def stage_of(rank: int, stages: int, output_stage: int) -> int:

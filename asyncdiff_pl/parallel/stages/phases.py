@@ -1,0 +1,231 @@
+"""The phases of the schedule as recordings: a step that is like an earlier one is replayed, whatever its inputs.
+
+After warm-up all steps of a rank launch the same kernels and messages, but for two things: which of two buffers is read
+and which received into, and whether anybody consumes what is sent. So a few recordings do for all samples. The first
+step of a kind runs as it always does, so that libraries choose their kernels and ranks meet for the first time, and is
+recorded at once. What a replay would freeze makes another recording (capture.py, fingerprint.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, Recording, StaticInputs, frozen
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a denoiser call."""
+
+MAX_ALIKE = 2
+"""Recordings of one phase for different shapes, scales or modes; the one that was not used for longest goes first."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a step does that no argument shows.
+
+    Args:
+        kind: An exact step, whose boundary tensors nobody keeps ("exact") or this rank keeps ("fill"), or an
+            asynchronous one, whose boundary tensors travel ("asynchronous") or are not wanted any more ("last").
+        compares: Whether the boundary tensors' drift is measured.
+        stages: The stage that each rank computes, None for nothing; empty in an exact step.
+        estimate_from: Rank whose result is the noise estimate.
+        parity: Which of a rank's two buffers is read.
+    """
+
+    kind: Literal["exact", "fill", "asynchronous", "last"]
+    compares: bool = False
+    stages: tuple[int | None, ...] = ()
+    estimate_from: int = 0
+    parity: int = 0
+
+
+@dataclass
+class Made:
+    """What a step makes.
+
+    Args:
+        estimate: Tensors of the denoiser's result.
+        ahead: Estimates of the next step, for each half of the guidance batch.
+        drift: What `Drift.sums` gives; None where nothing was compared.
+        sent_bytes: Bytes of boundary tensors that were sent.
+    """
+
+    estimate: list[torch.Tensor]
+    ahead: list[list[torch.Tensor]] = field(default_factory=list)
+    drift: torch.Tensor | None = None
+    sent_bytes: int = 0
+
+    def copy(self) -> Made:
+        """The same in memory of its own."""
+        drift = None if self.drift is None else self.drift.clone()
+        return Made(_cloned(self.estimate), [_cloned(half) for half in self.ahead], drift, self.sent_bytes)
+
+
+Body = Callable[[list[Inputs]], Made]
+"""Computes a step from its arguments: one call of the denoiser for each half and rank that this process plays."""
+
+
+@dataclass
+class _Recorded:
+    recording: Recording
+    inputs: StaticInputs
+    made: Made
+    held: Hashable
+
+
+class Phases:
+    """Recordings of one of a step's denoiser calls.
+
+    Args:
+        recorder: Makes them.
+        denoiser: The network.
+        forward: Its own forward, whose signature names the arguments.
+        device: Where it computes.
+        on_refusal: Is told why there will be no recordings.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        denoiser: nn.Module,
+        forward: Callable[..., Any],
+        device: torch.device,
+        on_refusal: Callable[[str], None],
+    ) -> None:
+        self.num_recorded = 0
+        """Recordings made so far."""
+        self._recorder = recorder
+        self._denoiser = denoiser
+        self._device = device
+        self._on_refusal = on_refusal
+        self._names = list(inspect.signature(forward).parameters)
+        self._recorded: dict[Phase, dict[Hashable, _Recorded]] = {}
+        self._new: dict[Phase, list[Any]] = {}
+
+    def begin_sample(self) -> None:
+        """Begins to count anew what changes within a sample."""
+        self._new.clear()
+
+    def run(
+        self, phase: Phase, given: list[Inputs], network: Hashable, body: Body, held: Callable[[], Hashable]
+    ) -> Made:
+        """Replays a step that was met before; runs and records another one.
+
+        Args:
+            phase: What the step does.
+            given: Arguments of its denoiser calls.
+            network: Another one where the network is another one.
+            body: Computes the step; it waits for all messages that it posts.
+            held: Tells the buffers that `body` reads and writes beside its arguments from others.
+        """
+        given = [self._with_tensor_timestep(inputs) for inputs in given]
+        try:
+            arguments = frozen(given)
+        except CannotCapture as refusal:
+            self._on_refusal(str(refusal))
+            return body(given)
+        conditions = (arguments, network, _modes(self._device))
+        alike = self._recorded.setdefault(phase, {})
+        recorded = alike.pop(conditions, None)
+        if recorded is not None and recorded.held == held():
+            # the newest last
+            alike[conditions] = recorded
+            recorded.inputs.load(given)
+            recorded.recording.replay()
+            return recorded.made.copy()
+        if recorded is not None:
+            recorded.recording.drop()
+        reason = self._why_not() or self._what_changes(phase, conditions, given)
+        if reason:
+            self._on_refusal(reason)
+            return body(given)
+        while len(alike) >= MAX_ALIKE:
+            alike.pop(next(iter(alike))).recording.drop()
+        inputs = StaticInputs(given, self._device)
+        made = self._without_cast_cache(body, inputs)
+        try:
+            recording, kept = self._recorder.record(lambda: self._without_cast_cache(body, inputs))
+        except CannotCapture as refusal:
+            self._on_refusal(str(refusal))
+            return made
+        alike[conditions] = _Recorded(recording, inputs, kept, held())
+        self.num_recorded += 1
+        return made
+
+    def drop(self) -> None:
+        """Gives all recordings back."""
+        for alike in self._recorded.values():
+            for recorded in alike.values():
+                recorded.recording.drop()
+        self._recorded.clear()
+
+    def _without_cast_cache(self, body: Body, inputs: StaticInputs) -> Made:
+        """Casts weights anew in each replay: those of autocast's cache would stay as they were."""
+        kind = self._device.type
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            return body(inputs.given)
+
+    def _with_tensor_timestep(self, inputs: Inputs) -> Inputs:
+        """Makes a timestep that is a number a tensor, as a denoiser would: a replay would repeat the number."""
+        args, kwargs = inputs
+        position = self._names.index("timestep") if "timestep" in self._names else len(args)
+        given = args[position] if position < len(args) else kwargs.get("timestep")
+        if not isinstance(given, int | float):
+            return inputs
+        timestep = torch.tensor([given], dtype=torch.float64 if isinstance(given, float) else torch.int64)
+        if position < len(args):
+            return (*args[:position], timestep, *args[position + 1 :]), kwargs
+        return args, kwargs | {"timestep": timestep}
+
+    def _why_not(self) -> str:
+        if torch.is_grad_enabled():
+            return "gradients are on; call the pipeline under torch.no_grad()"
+        for name, module in self._denoiser.named_modules():
+            if module.training:
+                return f"{name or 'the denoiser'} is in training mode, and a graph would repeat its random numbers"
+            others = module._diffusers_hook.hooks if hasattr(module, "_diffusers_hook") else {}
+            if hasattr(module, "_hf_hook") or any("offload" in other for other in others):
+                return f"the weights of {name or 'the denoiser'} are moved by hooks (offloading)"
+        return ""
+
+    def _what_changes(self, phase: Phase, conditions: Any, given: list[Inputs]) -> str:
+        """Why a phase would be recorded again and again in a sample; empty if it would not."""
+        new = self._new.setdefault(phase, [])
+        new.append(conditions)
+        if len(new) <= MAX_ALIKE:
+            return ""
+        (before, _), (now, spec) = new[-2][0], conditions[0]
+        changed = []
+        if new[-2][0][1] == spec:
+            paths = [path for path, _ in tree_flatten_with_path(given)[0]]
+            changed = [self._name(path) for path, *pair in zip(paths, before, now, strict=True) if pair[0] != pair[1]]
+        what = f"the denoiser's {changed[0]}" if changed else "what a graph would freeze"
+        return f"{what} changes from step to step"
+
+    def _name(self, path: tuple[Any, ...]) -> str:
+        """An argument by name, for its place among the arguments of several calls."""
+        _, kind, first, *rest = path
+        name = self._names[first.idx] if kind.idx == 0 else first.key
+        return name + keystr(tuple(rest))
+
+
+def _modes(device: torch.device) -> Hashable:
+    """What decides, beside its arguments, which kernels a call launches."""
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+    )
+
+
+def _cloned(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in tensors]
