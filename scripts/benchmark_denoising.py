@@ -261,6 +261,8 @@ class Bench:
         """Runs one row; every rank gets the figures of rank 0's pipeline."""
         options, world = self.options, self.world
         steps = options.steps or model.kind.steps
+        # a rank in relay never holds the weights of the others
+        model.denoiser.to("cpu" if job.warm_up_mode == "relay" else world.device)
         self._empty()
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -433,6 +435,11 @@ def _describe(handle: Parallel, layout: Layout) -> Row:
         "graphs": getattr(handle, "num_graphs", None),
         "refusal": getattr(handle, "capture_refusal", None),
     }
+    if handle.costs:
+        shares = [0.0] * layout.stages
+        for unit in handle.costs:
+            shares[unit.stage] += unit.share
+        found |= {"slowest_share": max(shares), "fastest_share": min(shares)}
     return found
 
 
