@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ class Results(Callback):
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
         self._folder = log_folder(trainer)
         self._part = PartFile(part_path(self.folder, data_rank(trainer)))
+        self._hand_over_choices(trainer)
         self._refuse_other_settings(trainer, pl_module, complete=False)
         rows = gather_parts(self.folder) if trainer.is_global_zero else []
         self.done = set(trainer.strategy.broadcast([key_of(row) for row in rows]))
@@ -94,13 +96,23 @@ class Results(Callback):
         else:
             _say(trainer, f"{len(self.done)} samples are done in {self.folder}, but the data cannot leave them out.")
 
+    def _hand_over_choices(self, trainer: Trainer) -> None:
+        """Gives the strategy what an earlier run into this folder chose: its layout and its cut."""
+        if not hasattr(trainer.strategy, "keep"):
+            return
+        names = ("layout.json", "cut.json")
+        found = [_read(self.folder / name) for name in names] if trainer.is_global_zero else None
+        trainer.strategy.keep(*trainer.strategy.broadcast(found))
+
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # a cut, say, is known only now
+        # a layout that was chosen, say, is known only now
         self._refuse_other_settings(trainer, pl_module, complete=True)
+        choice = getattr(trainer.strategy, "choice", None)
         if trainer.is_global_zero:
-            text = json.dumps(settings(trainer, pl_module), indent=1) + "\n"
-            write_atomically(self.folder / "settings.json", lambda file: file.write(text.encode()))
+            _write(self.folder / "settings.json", settings(trainer, pl_module))
+        if trainer.is_global_zero and choice is not None and not (self.folder / "layout.json").exists():
+            _write(self.folder / "layout.json", choice.as_json())
 
     def _refuse_other_settings(self, trainer: Trainer, pl_module: LightningModule, complete: bool) -> None:
         problem = None
@@ -127,12 +139,15 @@ class Results(Callback):
         if is_leader(trainer):
             for prediction in outputs:
                 self._part.append(row_of(prediction))
-        cut = getattr(getattr(trainer.strategy, "handle", None), "cut", None)
+        handle = getattr(trainer.strategy, "handle", None)
+        cut = getattr(handle, "cut", None)
         path = self.folder / "cut.json"
         if cut and trainer.is_global_zero and not path.exists():
             # as the strategy takes it back, to run the same cut on other shapes
-            text = json.dumps(cut, indent=1) + "\n"
-            write_atomically(path, lambda file: file.write(text.encode()))
+            _write(path, cut)
+            costs = getattr(handle, "costs", None)
+            if costs:
+                _write(self.folder / "costs.json", [dataclasses.asdict(cost) for cost in costs])
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -206,6 +221,16 @@ def report(results: Sequence[Row]) -> str:
     if results and results[0]["scorer"]:
         table.append(f"score: {results[0]['scorer']}")
     return "\n".join(table)
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _say(trainer: Trainer, text: str) -> None:

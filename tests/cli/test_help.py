@@ -54,6 +54,7 @@ SURFACE = {
         "compile": "none",
         "balance": "operations",
         "warm_up_mode": "replicated",
+        "layout": "fixed",
         "simulate": False,
         "timeout": 600.0,
     },

@@ -133,6 +133,7 @@ def test_describe(warm_up, described):
         "refresh_every": 6,
         "time_shift": True,
         "cfg": 2,
+        "layout": "fixed",
         "capture": False,
         "compile": "none",
         "balance": "operations",

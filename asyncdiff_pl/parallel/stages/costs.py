@@ -67,7 +67,7 @@ class Probe:
         """Runs a piece; times it if it is a unit."""
         output = call(*args, **kwargs)
         if not self._is_timing and name in self._numbers:
-            self.costs[self._numbers[name]] += self._time(name, lambda: call(*args, **kwargs))
+            self.costs[self._numbers[name]] += max(1, self._time(name, lambda: call(*args, **kwargs)))
         return output
 
     def run_container(self, name: str, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,7 +142,8 @@ def measure(
     args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
     with torch.no_grad(), _wrapped(pieces, probe.run_piece), _wrapped(containers, probe.run_container):
         forward(*args, **kwargs)
-    return [max(1, ns) for ns in probe.costs]
+    assert all(probe.costs), "a unit of the trace did not run"
+    return probe.costs
 
 
 def agreed_costs(
