@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,11 @@ DISTANCES = ("fid", "frechet_distance")
 class Results(Callback):
     """Writes `samples.csv` and `results.csv`, and lets a run that was stopped go on where it was.
 
-    A sample's row is on disk as soon as it is finished, after all other callbacks have seen it: this one moves itself
-    to the end of the trainer's callbacks. A run into a log folder that holds samples leaves those out and goes on; with
-    other settings than `settings.json` there, it is an error. `results.csv` is about all samples of the folder: one row
-    for each step count, times over timed samples only, standard deviations of the population.
+    A sample's row is on disk after all other callbacks have seen it (this one moves itself to the end of the trainer's
+    callbacks) and its frames are written, which may be one batch later; a run that is stopped keeps all of them, one
+    that is killed makes the last two batches again. A run into a log folder that holds samples leaves those out and
+    goes on; with other settings than `settings.json` there, it is an error. `results.csv` is about all samples of the
+    folder: one row for each step count, times over timed samples only, standard deviations of the population.
 
     The columns `peak_memory_gib` and `mib_per_step`, and those that callbacks measured of all samples of a step count
     together, are those of the latest run that made samples of the step count.
@@ -66,6 +69,7 @@ class Results(Callback):
         """Keys `(steps, id)` of the samples that earlier runs into this folder made."""
         self._folder: Path | None = None
         self._part: PartFile | None = None
+        self._waiting: deque[tuple[Row, Sequence[Future[None]]]] = deque()
 
     @property
     def folder(self) -> Path:
@@ -138,7 +142,8 @@ class Results(Callback):
         assert self._part is not None
         if is_leader(trainer):
             for prediction in outputs:
-                self._part.append(row_of(prediction))
+                self._waiting.append((row_of(prediction), prediction.pending))
+            self._append_finished()
         handle = getattr(trainer.strategy, "handle", None)
         cut = getattr(handle, "cut", None)
         path = self.folder / "cut.json"
@@ -149,10 +154,19 @@ class Results(Callback):
             if costs:
                 _write(self.folder / "costs.json", [dataclasses.asdict(cost) for cost in costs])
 
+    def _append_finished(self, wait: bool = False) -> None:
+        """Writes the rows of samples that are finished, in order; those that never will be get none."""
+        assert self._part is not None
+        while self._waiting and (wait or all(future.done() for future in self._waiting[0][1])):
+            row, pending = self._waiting.popleft()
+            if all(future.exception() is None for future in pending):
+                self._part.append(row)
+
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._part is None:
             return
+        self._append_finished(wait=True)
         self._part.close()
         if self._part.rows or self.done or isinstance(exception, KeyboardInterrupt):
             _say(trainer, f"Stopped; what is done is kept. Go on with: --resume {self.folder}")
@@ -162,6 +176,7 @@ class Results(Callback):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._part is not None
+        self._append_finished(wait=True)
         self._part.close()
         # the rows themselves meet, not only their files: data groups need not share a disk
         found = gather(trainer, (self._part.rows, list(getattr(trainer.datamodule, "unreadable", ()))))

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -50,6 +51,8 @@ class Prediction:
         timed: False where `seconds` holds one-time work (the first call of a process): averages leave it out.
         call: Number of the pipeline call in its batch, from 0.
         metrics: Filled by callbacks; each entry becomes a column of samples.csv.
+        pending: What callbacks still do with it beside the run; only when all of it is done without an error is the
+            sample finished, and gets its row in samples.csv.
     """
 
     sample: Sample
@@ -59,6 +62,7 @@ class Prediction:
     timed: bool
     call: int = 0
     metrics: dict[str, float | int | str] = field(default_factory=dict)
+    pending: list[Future[None]] = field(default_factory=list, repr=False, compare=False)
 
 
 def sample_seed(seed: int, sample_id: str) -> int:
