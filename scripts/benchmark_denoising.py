@@ -5,7 +5,7 @@ diffusers does, then captured and compiled; then come the layouts. Prints a Mark
 as soon as it is measured, and draws a plot. Example, on a machine with 4 GPUs:
 
     torchrun --nproc_per_node 4 scripts/benchmark_denoising.py --models svd sdxl sd21 animatediff \
-        --layouts 2x1 2x2 4 --compile none blocks --balance measured --csv rows.csv --plot rows.png
+        --layouts 1 2x1 2x2 4 --compile none blocks --balance measured --csv rows.csv --plot rows.png
 
 A layout is STAGES, STAGESs2 for stride 2, and 2x before it for a guidance batch that is split. One that needs fewer
 ranks than there are runs several times side by side; rank 0 tells of its own. `--tiny` takes tiny models, which a CPU
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     ranks, kinds = int(os.environ.get("WORLD_SIZE", "1")), TINY if options.tiny else FULL
     try:
         jobs = plan(options, ranks)
-        for name in options.models if options.whole_pipeline else ():
+        for name in options.models if options.whole_pipeline is not None else ():
             if not kinds[name].has_pipeline:
                 raise ValueError(f"There is no whole pipeline of a tiny {name}; leave out --whole-pipeline.")
         table = Table(options.csv)
@@ -124,7 +124,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--models", nargs="+", choices=list(FULL), default=list(FULL))
-    parser.add_argument("--layouts", nargs="+", default=["1"], help="layouts; 1 is always measured")
+    parser.add_argument(
+        "--layouts", nargs="+", default=["1"], help="layouts (1); plain diffusers on one rank comes by itself"
+    )
     parser.add_argument("--compile", nargs="+", choices=("none", "blocks", "full"), default=["none"])
     parser.add_argument(
         "--capture",
@@ -143,7 +145,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=20, help="seconds after which a row is not repeated again (20)"
     )
-    parser.add_argument("--whole-pipeline", action="store_true", help="also time pipelines from input to pictures")
+    parser.add_argument(
+        "--whole-pipeline",
+        nargs="*",
+        metavar="LAYOUT",
+        help="also time pipelines from input to pictures: plain diffusers and these layouts (all, if none is named)",
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models")
     parser.add_argument("--seconds", type=float, help="ends the run after so many seconds; rows until then are kept")
     parser.add_argument("--csv", type=Path, help="a table that rows are added to")
@@ -168,7 +175,7 @@ def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
     if any(captures) and options.device == "cpu":
         raise ValueError("--capture on records CUDA graphs, and there is no GPU; take --capture off.")
     jobs = [PLAIN]
-    for name in sorted({"1", *options.layouts}, key=lambda name: ("1", *options.layouts).index(name)):
+    for name in options.layouts:
         layout = parse_layout(name)
         layout.over(ranks)
         settings = itertools.product(options.warm_up_mode, options.compile, captures, options.balance)
@@ -223,7 +230,7 @@ class Bench:
             started = time.perf_counter()
             try:
                 # after a failure nobody knows what is left on the denoiser
-                model = model or Denoising(kind, self.world.device, self.dtype, self.options.whole_pipeline)
+                model = model or Denoising(kind, self.world.device, self.dtype, self.options.whole_pipeline is not None)
                 found = self._measure(model, job)
                 self.world.gather(None)
             except RankFailed as error:
@@ -287,7 +294,8 @@ class Bench:
                 self._reference = latents
             if self._reference is not None:
                 row["deviation"] = relative_deviation(latents, self._reference)
-            if options.whole_pipeline:
+            wanted = options.whole_pipeline
+            if wanted is not None and (job.is_plain or not wanted or job.name in wanted):
                 row["pipeline_s"] = self._whole(model, steps)
             return row
         finally:
@@ -316,18 +324,17 @@ class Bench:
     def _timed(self, model: Denoising, handle: Parallel | None, steps: int) -> tuple[list[Run], torch.Tensor]:
         """Timed loops, and the latents of the last one; one in which a graph was recorded is run again."""
         runs: list[Run] = []
-        began, tries = time.perf_counter(), 0
+        spent, tries = 0.0, 0
         while True:
             graphs = getattr(handle, "num_graphs", 0)
             run, latents = self._timed_run(model, steps)
             tries += 1
-            is_new = getattr(handle, "num_graphs", 0) > graphs
-            is_late = time.perf_counter() - began > self.options.patience
             # all ranks stop after the same loop
-            told = self.world.gather((is_new, is_late))
-            if not any(new for new, _ in told) or tries > self.options.repeats:
+            told = self.world.gather((getattr(handle, "num_graphs", 0) > graphs, run.seconds))
+            spent += max(seconds for _, seconds in told)
+            if not any(is_new for is_new, _ in told) or tries > self.options.repeats:
                 runs.append(run)
-            if runs and (len(runs) >= self.options.repeats or told[0][1]):
+            if runs and (len(runs) >= self.options.repeats or spent > self.options.patience):
                 return runs, latents
 
     def _timed_run(self, model: Denoising, steps: int) -> tuple[Run, torch.Tensor]:
@@ -340,13 +347,14 @@ class Bench:
         return marks.read(time.perf_counter() - started), latents
 
     def _whole(self, model: Denoising, steps: int) -> float:
-        """Seconds of the whole pipeline: the median of two calls after a first one."""
+        """Seconds of the whole pipeline: the median of calls after a short one."""
         try:
-            seconds = []
-            for _ in range(3):
-                self.world.gather(None)
-                seconds.append(model.whole(steps))
-            return statistics.median(seconds[1:])
+            model.whole(short_run(steps, self.options.warm_up))
+            seconds: list[float] = []
+            while len(seconds) < self.options.repeats and sum(seconds) <= self.options.patience:
+                # the slowest rank's, so that all stop after the same call
+                seconds.append(max(self.world.gather(model.whole(steps))))
+            return statistics.median(seconds)
         finally:
             model.put_away()
 

@@ -28,7 +28,20 @@ def row(layout="1", gpus=1, loop_s=10.0, **figures):
 
 
 def test_one_rank_comes_first_and_settings_that_mean_nothing_are_left_out():
-    options = ["--layouts", "2x1", "2x2", "--compile", "none", "full", "--capture", "off", "on", "--device", "cuda"]
+    options = [
+        "--layouts",
+        "2x1",
+        "1",
+        "2x2",
+        "--compile",
+        "none",
+        "full",
+        "--capture",
+        "off",
+        "on",
+        "--device",
+        "cuda",
+    ]
     options += ["--balance", "measured", "--warm-up-mode", "replicated", "relay"]
     one, halves, both = Layout(), Layout(cfg=2), Layout(2, cfg=2)
     assert plan(parse(options), 4) == [
