@@ -32,7 +32,7 @@ class VideoPredictor(DiffusionPredictor):
         min_guidance_scale: Guidance scale of the first frame; the frames between are interpolated.
         max_guidance_scale: Guidance scale of the last frame; at 1 or below, nothing is guided and each step costs half.
         decode_chunk_size: Number of frames that are decoded at a time: fewer need less memory, more flicker less; null
-            decodes all at once.
+            decodes all at once. Ranks that share a video decode different chunks of it.
         scheduler: The checkpoint's own if null, else a name (`euler_discrete`, `ddpm`, `ddim`, ...) or a class
             (`diffusers.DPMSolverMultistepScheduler`); it is built from the checkpoint's own scheduler config.
         seed: Seed of the run; each sample's noise follows from it and from the sample's id.

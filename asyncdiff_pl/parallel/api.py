@@ -14,6 +14,7 @@ from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.layout import Groups, Layout
+from asyncdiff_pl.parallel.sharing import SharedDecoding, can_share
 from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_hash
 from asyncdiff_pl.parallel.stages.hooks import is_installed
@@ -32,6 +33,7 @@ class Parallel:
         trajectory: Where the pipeline stands.
         host_side: What keeps the CPU ahead of the GPU; None where the trajectory's owner did that.
         layout: The layout in use.
+        decoding: Decodes videos on all ranks; None where each rank does alone.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Parallel:
         trajectory: Trajectory,
         host_side: HostSide | None,
         layout: Layout,
+        decoding: SharedDecoding | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._agreement = agreement
         self._trajectory = trajectory
         self._host_side = host_side
+        self._decoding = decoding
         self.layout = layout
         self._is_removed = False
 
@@ -86,6 +90,16 @@ class Parallel:
         """Bytes of boundary tensors of one asynchronous step, over all ranks of half a guidance batch."""
         return self._pipeline.bytes_per_step if self._pipeline else 0
 
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that were recorded so far; a sample in which it grew took longer than others."""
+        return self._pipeline.recordings.num_graphs if self._pipeline else 0
+
+    @property
+    def capture_refusal(self) -> str:
+        """Why steps are not captured though `capture` is set; empty if they are, or before the first denoiser call."""
+        return self._pipeline.recordings.refusal if self._pipeline else ""
+
     def reset(self) -> None:
         """Forgets the sample in work, as after an interruption: the next denoiser call begins a new one."""
         self._trajectory.reset()
@@ -105,6 +119,8 @@ class Parallel:
         if self._agreement:
             self._agreement.remove()
             self._agreement.exchange.close()
+        if self._decoding:
+            self._decoding.remove()
         if self._host_side:
             # whoever gave the trajectory keeps it
             self._host_side.remove()
@@ -125,6 +141,7 @@ def parallelize(
     compile: CompileMode = "none",
     balance: BalanceMode = "operations",
     warm_up_mode: WarmUpMode = "replicated",
+    share_decoding: bool = False,
     simulate: bool = False,
     scheduler: Any = None,
     timeout: timedelta | None = None,
@@ -154,6 +171,8 @@ def parallelize(
             device, which are kept on disk.
         warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage,
             one after the other, and holds the weights of its stage alone.
+        share_decoding: Whether the ranks share out the decoding of a video's frames (Stable Video Diffusion); then all
+            of them must call `pipe.decode_latents`, where it is called outside of the pipeline.
         simulate: Plays all ranks in this process, to see a layout's quality without its speed.
         scheduler: The scheduler that steps the latents, for a bare denoiser.
         timeout: How long to wait for another rank's message; None leaves it to the process group.
@@ -202,7 +221,11 @@ def parallelize(
         pipeline = StagePipeline(denoiser, trajectory, settings, exchange, coordinates)
     if pipeline and exchange:
         agreement = Agreement(denoiser, trajectory, exchange, lambda: pipeline.turns_asynchronous)
-    return Parallel(pipeline, agreement, trajectory, host_side, layout)
+    decoding = None
+    if exchange and share_decoding and can_share(pipe):
+        half, rank = coordinates
+        decoding = SharedDecoding(pipe, exchange, half * layout.stage_ranks + rank, layout.pipeline_ranks)
+    return Parallel(pipeline, agreement, trajectory, host_side, layout, decoding)
 
 
 def check_settings(

@@ -226,6 +226,7 @@ class AsyncDiffStrategy(GroupStrategy):
             compile=self.compile,
             balance=self.balance,
             warm_up_mode=self.warm_up_mode,
+            share_decoding=True,
             simulate=self.simulate,
             timeout=self.timeout,
             trajectory=module.trajectory,
