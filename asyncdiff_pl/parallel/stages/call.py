@@ -13,6 +13,7 @@ from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.stages.absent import Absent
 from asyncdiff_pl.parallel.stages.phases import Phases
 from asyncdiff_pl.parallel.stages.program import Program
+from asyncdiff_pl.parallel.stages.relay import RelayWorker
 from asyncdiff_pl.parallel.stages.units import Output
 from asyncdiff_pl.parallel.stages.worker import Worker
 from asyncdiff_pl.parallel.warm_up import Drift, Span
@@ -56,6 +57,21 @@ class Stream:
         """Bytes of boundary tensors that its exchanges were given to send."""
         return sum(exchange.sent_bytes for exchange in self.exchanges)
 
+    @property
+    def held(self) -> tuple[object, ...]:
+        """Tells the buffers of its stage ranks from others."""
+        return tuple(worker.held for worker in self.all_workers)
+
+    def join(self) -> None:
+        """Waits for all messages that are under way; on a GPU only the stream does."""
+        for part in (*self.exchanges, *self.all_workers):
+            part.join()
+
+    def abandon(self) -> None:
+        """Forgets the messages of a recording that came to nothing."""
+        for part in (*self.exchanges, *self.all_workers):
+            part.abandon()
+
     def drop(self) -> None:
         """Forgets all recordings and all stale values."""
         if self.phases is not None:
@@ -83,7 +99,7 @@ class StageCall:
     stream: Stream
     half: int
     device: torch.device
-    worker: Worker | None = None
+    worker: Worker | RelayWorker | None = None
     sends: bool = False
     drift: Drift | None = None
     first_rank: int = 0

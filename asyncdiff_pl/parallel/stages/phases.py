@@ -31,19 +31,25 @@ class Phase:
     """What a step does that no argument shows.
 
     Args:
-        kind: An exact step, whose boundary tensors nobody keeps ("exact") or this rank keeps ("fill"), or an
-            asynchronous one, whose boundary tensors travel ("asynchronous") or are not wanted any more ("last").
+        kind: An exact step, whose boundary tensors nobody keeps ("exact"), go from stage to stage ("relay") or are kept
+            for what follows ("fill"), or an asynchronous one, whose boundary tensors travel ("asynchronous") or are not
+            wanted any more ("last").
         compares: Whether the boundary tensors' drift is measured.
         stages: The stage that each rank computes, None for nothing; empty in an exact step.
         estimate_from: Rank whose result is the noise estimate.
         parity: Which of a rank's two buffers is read.
     """
 
-    kind: Literal["exact", "fill", "asynchronous", "last"]
+    kind: Literal["exact", "relay", "fill", "asynchronous", "last"]
     compares: bool = False
     stages: tuple[int | None, ...] = ()
     estimate_from: int = 0
     parity: int = 0
+
+    @property
+    def uses_buffers(self) -> bool:
+        """Whether boundary tensors are kept or read."""
+        return self.kind != "exact"
 
 
 @dataclass

@@ -8,25 +8,25 @@ in the step before, and returns the noise estimate that the schedule names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, recorder_for
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
-from asyncdiff_pl.parallel.fingerprint import fingerprint
 from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
 from asyncdiff_pl.parallel.stages.hooks import install, uninstall
-from asyncdiff_pl.parallel.stages.phases import Body, Inputs, Made, Phase, Phases
+from asyncdiff_pl.parallel.stages.phases import Inputs, Made, Phase
+from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
 from asyncdiff_pl.parallel.stages.program import Program
+from asyncdiff_pl.parallel.stages.recordings import Recordings
+from asyncdiff_pl.parallel.stages.relay import RelayWorker, check_formats, relay_order, traced_likes
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.settings import Settings
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
@@ -71,18 +71,13 @@ class StagePipeline(TrajectoryListener):
         """Steps of the sample in work, or of the last one, that were computed exactly."""
         self.sent_bytes = 0
         """Bytes of boundary tensors that this process has sent so far."""
-        self.num_graphs = 0
-        """Steps that were recorded so far."""
-        self.capture_refusal = ""
-        """Why steps are not captured though the settings ask for it."""
         self._last_exact: int | None = None
         self._first_batch = 0
         self._programs: dict[Any, Program] = {}
         self._streams: dict[int, Stream] = {}
         self._set_aside: dict[int, Stream] = {}
-        self._recorder: Recorder | None = None
-        self._network: int | None = None
         self._forward = denoiser.forward
+        self.recordings = Recordings(denoiser, self._forward, exchange, settings.capture)
         self._twin = meta_twin(denoiser)
         self._active: StageCall | None = None
         containers, pieces = split_modules(denoiser)
@@ -92,6 +87,9 @@ class StagePipeline(TrajectoryListener):
         self._compiled: Compiled | None = None
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, pieces if settings.compile == "blocks" else {"": denoiser})
+        self._placement: Placement | None = None
+        if settings.warm_up_mode == "relay":
+            self._placement = Placement(denoiser, pieces, device_of_rank(denoiser))
         for name, module in pieces.items():
             install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
         for name, module in containers.items():
@@ -118,12 +116,12 @@ class StagePipeline(TrajectoryListener):
 
     def reset(self) -> None:
         """Forgets the sample in work, with all stale values."""
-        if self._recorder is None:
+        if not self.recordings.are_made:
             self._drop()
             return
         for stream in self._streams.values():
             # recordings know the buffers by their place
-            self._join(stream)
+            stream.join()
 
     def remove(self) -> None:
         """Gives the denoiser back as it was."""
@@ -132,17 +130,19 @@ class StagePipeline(TrajectoryListener):
         uninstall(self.denoiser)
         if self._compiled is not None:
             self._compiled.remove()
+        if self._placement is not None:
+            self._placement.remove()
 
     # -- what the trajectory tells ------------------------------------------------------------------------------
 
     def on_sample_begin(self, trajectory: Trajectory) -> None:
         """Begins warm-up anew."""
         self.exact_steps, self._last_exact = 0, None
-        for stream in self._streams.values():
+        for stream in (*self._streams.values(), *self._set_aside.values()):
             stream.next_position = None
             if stream.phases is not None:
                 stream.phases.begin_sample()
-        self._network = None
+        self.recordings.look_again()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
@@ -206,15 +206,15 @@ class StagePipeline(TrajectoryListener):
     def _exact(
         self, stream: Stream, plan: StepPlan, step: int, call: Callable[..., Any], inputs: list[Inputs]
     ) -> list[torch.Tensor]:
-        """Runs the whole denoiser on each half; boundary tensors are kept for an asynchronous step that may follow."""
+        """Makes an exact step; boundary tensors are kept for an asynchronous step that may follow."""
         if self.trajectory.call == 0:
             self.exact_steps += 1
-        if plan.fills:
+        if plan.fills or self._placement is not None:
             for worker in stream.all_workers:
                 worker.restart()
         # only steps of one warm-up are compared: what is there before it is another sample's
         is_compared = plan.fills and stream.warm_up is None and step > 0 and step + 1 >= stream.span.fewest
-        phase = Phase("fill" if plan.fills else "exact", is_compared)
+        phase = Phase("fill" if plan.fills else "relay" if self._placement else "exact", is_compared)
         made = self._run_phase(
             stream, phase, inputs, lambda given: self._compute_exact(stream, plan, call, given, is_compared)
         )
@@ -226,6 +226,8 @@ class StagePipeline(TrajectoryListener):
     def _compute_exact(
         self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: list[Inputs], is_compared: bool
     ) -> Made:
+        if self._placement is not None:
+            return self._compute_in_relay(stream, plan, call, inputs[0])
         layout = self.settings.layout
         drift = Drift(layout.pipeline_ranks, self._device) if is_compared else None
         halves = []
@@ -236,12 +238,27 @@ class StagePipeline(TrajectoryListener):
                 result = self._run_in(stage_call, call, args, kwargs)
             else:
                 result = call(*args, **kwargs)
-            leaves, spec = tree_flatten(result)
-            stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
-            halves.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+            halves.append(_note_result(stream, result))
         if self.exchange is not None and layout.cfg == 2 and not stream.is_whole:
             halves = self.exchange.gather_halves(halves[0])
         return Made(join_halves(halves), drift=drift.sums() if drift else None)
+
+    def _compute_in_relay(self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: Inputs) -> Made:
+        """Runs this rank's stage of an exact step, with what the other ranks make in the same."""
+        assert self.exchange is not None and stream.program is not None
+        check_formats(self._device)
+        worker = RelayWorker(stream.all_workers[0], plan.fills)
+        self.exchange.begin(worker, relay_order(stream.program.messages), self.trajectory.position)
+        stage_call = StageCall(stream, 0, self._device, worker, sends=True)
+        made = _note_result(stream, self._run_in(stage_call, call, *inputs))
+        self.exchange.finish()
+        worker.finish()
+        if self.recordings.are_made:
+            stream.join()
+        output_rank = stream.program.boundary.output_stage
+        estimate, _ = self._estimates(stream, StepPlan(estimate_from=output_rank), {(0, output_rank): made})
+        # traffic is that of asynchronous steps
+        return Made(estimate)
 
     def _end_warm_up(self, stream: Stream, step: int, drift: torch.Tensor | None) -> None:
         """Decides, alike on all ranks, whether a warm-up whose end was not known is over with this step."""
@@ -304,9 +321,8 @@ class StagePipeline(TrajectoryListener):
                 exchange.finish()
             if worker.stage == stream.program.boundary.output_stage:
                 made[at, worker.rank] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if self._recorder is not None:
-            # a recording ends with nothing under way
-            self._join(stream)
+        if self.recordings.are_made:
+            stream.join()
         estimate, ahead = self._estimates(stream, plan, made)
         return Made(estimate, ahead, sent_bytes=stream.sent_bytes - sent_before)
 
@@ -333,55 +349,12 @@ class StagePipeline(TrajectoryListener):
             halves.append(tensors)
         return join_halves(halves), ahead
 
-    # -- recordings ---------------------------------------------------------------------------------------------
-
-    def _run_phase(self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Body) -> Made:
-        """Computes a step, or replays one like it."""
-        if stream.phases is None or not inputs:
-            made = body(inputs)
-        else:
-            phases, before = stream.phases, stream.phases.num_recorded
-            if self._network is None:
-                self._network = fingerprint(self.denoiser)
-            made = phases.run(
-                phase, inputs, self._network, body, lambda: tuple(worker.held for worker in stream.all_workers)
-            )
-            self.num_graphs += phases.num_recorded - before
-            if self.exchange is not None:
-                self.exchange.watch_replay(self.trajectory.position)
+    def _run_phase(
+        self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Callable[[list[Inputs]], Made]
+    ) -> Made:
+        made = self.recordings.run(stream, phase, inputs, body, self.trajectory.position)
         self.sent_bytes += made.sent_bytes
         return made
-
-    def _begin_capture(self, stream: Stream) -> None:
-        if not self.settings.capture or self.capture_refusal:
-            return
-        try:
-            backend = dist.get_backend(self.exchange.groups.pipeline) if self.exchange else None
-            self._recorder = self._recorder or recorder_for(self._device, backend)
-        except CannotCapture as refusal:
-            self._refuse_capture(str(refusal))
-            return
-        stream.phases = Phases(self._recorder, self.denoiser, self._forward, self._device, self._refuse_capture)
-
-    def _refuse_capture(self, reason: str) -> None:
-        """Goes on without recordings."""
-        self.capture_refusal = reason
-        warnings.warn(f"Steps are not captured, and run without CUDA graphs: {reason}.", stacklevel=2)
-        for stream in self._set_aside.values():
-            stream.drop()
-        self._set_aside.clear()
-        for stream in self._streams.values():
-            if stream.phases is not None:
-                stream.phases.drop()
-                stream.phases = None
-                # all that was posted and not joined since was part of a recording
-                for part in (*stream.all_workers, *stream.exchanges):
-                    part.abandon()
-        self._recorder = None
-
-    def _join(self, stream: Stream) -> None:
-        for part in (*stream.exchanges, *stream.all_workers):
-            part.join()
 
     def _drop(self) -> None:
         for stream in (*self._streams.values(), *self._set_aside.values()):
@@ -425,30 +398,35 @@ class StagePipeline(TrajectoryListener):
         """Changes to another kind of inputs; with recordings, one kind more is kept for those that take turns."""
         call = self.trajectory.call
         other = self._set_aside.pop(call, None)
-        if other is not None and other.signature != signature:
+        if other is not None and (other.signature != signature or not self.recordings.are_made):
             other.drop()
             other = None
-        if stream.phases is None:
+        if stream.phases is None or not self.recordings.are_made:
             stream.drop()
         else:
-            self._join(stream)
+            stream.join()
             self._set_aside[call] = stream
         self._streams[call] = other or Stream()
         return self._streams[call]
 
     def _fit_out(self, stream: Stream, inputs: Inputs) -> None:
         """Gives a kind of inputs its program and its buffers."""
+        self.recordings.begin(stream, self._device)
         if self._compiled is not None:
             self._compiled.prepare(self._device)
-        self._begin_capture(stream)
         if self.settings.layout.stages > 1:
             self._cut_into_stages(stream, inputs)
+        if self._compiled is not None and self._placement is not None:
+            # the stage's weights are here by now
+            self._compiled.prepare(self._device)
+        # they may have another layout or place
+        self.recordings.look_again()
 
     def _cut_into_stages(self, stream: Stream, inputs: Inputs) -> None:
         """Gives a stream the cut for its inputs, and buffers for what its stages exchange."""
         if stream.signature not in self._programs:
             self._programs[stream.signature] = Program.make(
-                *(self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs),
+                *(self._twin, self._forward, self.settings.layout, self._cut, *inputs),
                 leaves_out=self.trajectory.call > 0,
                 measure=self._measure(inputs),
             )
@@ -456,6 +434,17 @@ class StagePipeline(TrajectoryListener):
         layout, boundary = self.settings.layout, stream.program.boundary
         stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
+        if self._placement is not None:
+            worker = stream.all_workers[0]
+            self._placement.place(stream.program, worker.stage)
+            stream.likes = traced_likes(stream.program.graph.values)
+            worker.prepare(stream.likes, self._device)
+
+    @property
+    def _cut(self) -> Sequence[Sequence[str]] | None:
+        """The cut that is given, if one is; in a relay the first that was found, since weights stay where they are."""
+        first = next(iter(self._programs.values()), None)
+        return self.settings.cut if first is None or self._placement is None else first.cut
 
     def _measure(self, inputs: Inputs) -> Callable[[Graph], list[int]] | None:
         """What measures a cut's costs at some inputs; None where operations are counted."""
@@ -482,6 +471,13 @@ class StagePipeline(TrajectoryListener):
 
     def _run_container(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._active.run_container(name, call, args, kwargs) if self._active else call(*args, **kwargs)
+
+
+def _note_result(stream: Stream, result: Any) -> list[torch.Tensor]:
+    """Remembers what a call's result is like, and gives the tensors in it."""
+    leaves, spec = tree_flatten(result)
+    stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _into(tensors: list[torch.Tensor], leaves: list[Any]) -> list[Any]:
