@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -37,12 +37,22 @@ class Worker:
         kept = self._current.get(value)
         # the number format may be another one, too: autocast does not show in the denoiser's inputs
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            # inference tensors could not be written by the threads that receive
-            with torch.inference_mode(False):
-                self._current[value] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                self._next[value] = torch.empty_like(self._current[value])
-            self.held = object()
+            self._allocate(value, tensor, tensor.device)
         self._current[value].copy_(tensor)
+
+    def prepare(self, likes: Mapping[int, torch.Tensor], device: torch.device) -> None:
+        """Makes the buffers of all that is read, for a rank that never has the values themselves.
+
+        Args:
+            likes: For each value a tensor like it.
+            device: Where the buffers are to be.
+        """
+        for value in self.consumed:
+            self._allocate(value, likes[value], device)
+
+    def current(self, value: int) -> torch.Tensor:
+        """The buffer of a value that is read in this round."""
+        return self._current[value]
 
     def read(self, value: int) -> torch.Tensor:
         """The newest copy of another stage's value; waits for it if it is still under way."""
@@ -95,6 +105,13 @@ class Worker:
         self.join()
         self._current.clear()
         self._next.clear()
+        self.held = object()
+
+    def _allocate(self, value: int, like: torch.Tensor, device: torch.device) -> None:
+        # inference tensors could not be written by the threads that receive
+        with torch.inference_mode(False):
+            self._current[value] = torch.empty(like.shape, dtype=like.dtype, device=device)
+            self._next[value] = torch.empty_like(self._current[value])
         self.held = object()
 
     def _swap(self) -> None:
