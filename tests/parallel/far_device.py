@@ -47,7 +47,8 @@ class Far(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise AssertionError(f"{function} ran outside of the device's mode")
+        # the mode did not take it: another kind of tensor is among its arguments, which knows what to do
+        return NotImplemented
 
 
 def near(value):
@@ -120,6 +121,8 @@ class FarDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(type(leaf) not in (torch.Tensor, torch.nn.Parameter, Far) for leaf in leaves):
+            return NotImplemented
         is_far = any(isinstance(leaf, Far) for leaf in leaves)
         if function is aten._pin_memory.default:
             pinned = args[0].clone()

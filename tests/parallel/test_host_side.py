@@ -10,13 +10,17 @@ import inspect
 import pytest
 import torch
 from diffusers import StableVideoDiffusionPipeline
-from far_device import FarDevice, WaitsError, near
+from far_device import Far, FarDevice, WaitsError, near
+from loops import in_loop
 from PIL import Image
 from tiny_pipelines import KINDS, Sample
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 from asyncdiff_pl.models import VideoPredictor
 from asyncdiff_pl.parallel import parallelize
+from asyncdiff_pl.parallel.stages.program import Program
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -30,27 +34,6 @@ WAITING = {
 """Pipelines that upload each timestep themselves, within the loop, out of anyone's reach: and where they do it."""
 
 
-class Loop:
-    """A pipeline's progress bar, which is just as long there as its loop."""
-
-    def __init__(self, bar, device):
-        self.bar, self.device = bar, device
-
-    def __enter__(self):
-        self.watch = self.device.watch()
-        self.watch.__enter__()
-        return self.bar.__enter__()
-
-    def __exit__(self, *error):
-        self.watch.__exit__(*error)
-        return self.bar.__exit__(*error)
-
-    def __iter__(self):
-        for entry in self.bar:
-            with self.device.watch():
-                yield entry
-
-
 @contextlib.contextmanager
 def on_device(pipe):
     """A device with all parts of a pipeline, watched within the pipeline's loop."""
@@ -58,8 +41,7 @@ def on_device(pipe):
         for part in vars(pipe).values():
             if isinstance(part, nn.Module):
                 device.put(part)
-        bar = pipe.progress_bar
-        pipe.progress_bar = lambda *args, **kwargs: Loop(bar(*args, **kwargs), device)
+        in_loop(pipe, device.watch)
         yield device
 
 
@@ -99,6 +81,40 @@ def test_without_it_the_loop_waits(name):
     sample = sample_on(name, FarDevice())
     with on_device(sample.pipe), pytest.raises(WaitsError):
         sample()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sd15", {"stages": 2, "warm_up": 2, "refresh_every": 2}),
+        ("sd15_heun", {"stages": 2, "stride": 2, "warm_up": 1, "time_shift": True}),
+        ("controlnet", {"stages": 3, "warm_up": 1, "time_shift": True}),
+        ("sd3", {"stages": 2, "stride": 2, "warm_up": 1, "cfg": 2, "time_shift": True}),
+        ("flux_true_cfg", {"stages": 2, "warm_up": 2, "time_shift": True}),
+    ],
+)
+def test_no_stage_waits(name, settings, monkeypatch):
+    plain = Sample(name)
+    handle = parallelize(plain.pipe, simulate=True, **settings)
+    expected = plain()
+    handle.remove()
+
+    make = Program.make
+
+    def traced(*args, **kwargs):
+        # the twin is on "meta" indeed, and knows nothing of this device
+        with _disable_current_modes():
+            args, kwargs = tree_map(lambda x: x.near.to("meta") if isinstance(x, Far) else x, (args, kwargs))
+            return make(*args, **kwargs)
+
+    monkeypatch.setattr(Program, "make", traced)
+    sample = sample_on(name, FarDevice())
+    handle = parallelize(sample.pipe, simulate=True, **settings)
+    with on_device(sample.pipe):
+        found = near(sample())
+    assert handle.asynchronous_steps > 0
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    handle.remove()
 
 
 @pytest.fixture
