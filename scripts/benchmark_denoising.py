@@ -21,31 +21,25 @@ import os
 import shlex
 import statistics
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
-import torch.distributed as dist
 from benchmark import parse_layout
 from denoising_models import FULL, TINY, Denoising
+from denoising_ranks import Clock, RankFailed, World
 from denoising_report import Row, Table, plot, read_rows
+from denoising_times import Marks, Run, figures, relative_deviation
 
 from asyncdiff_pl.callbacks.device_stats import device_name
 from asyncdiff_pl.parallel import Groups, Layout, Parallel
 from asyncdiff_pl.processes import die_with_parent
 
-MIB, GIB = 2**20, 2**30
-PATIENCE = timedelta(minutes=5)
-"""How long ranks wait for one that compiles."""
-LATE = 60.0
-"""Seconds after which a rank that failed ends the run, if others wait for it in vain where it cannot tell them."""
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -280,14 +274,14 @@ class Bench:
             world.synchronize()
             setup = time.perf_counter() - started
             runs, latents = self._timed(model, handle, steps)
-            row = _times(runs, handle.exact_steps if handle and job.layout.stages > 1 else steps)
+            row = figures(runs, handle.exact_steps if handle and job.layout.stages > 1 else steps)
             row |= {"setup_s": setup, "loop_s": statistics.median(run.seconds for run in runs)}
-            own = {"peak_gib": world.peak(), "exposed_ms": getattr(handle, "exposed_ms", None)}
-            own["compute_ms"] = getattr(handle, "compute_ms", None)
+            own = {"peak_gib": world.peak(), "slowest_ms": row.pop("last_ms", None)}
+            own["exposed_ms"] = getattr(handle, "exposed_ms", None)
             ranks = world.gather(own)[: job.layout.pipeline_ranks]
-            row |= {name: _most(rank[name] for rank in ranks) for name in ("peak_gib", "exposed_ms")}
-            computing = [rank["compute_ms"] for rank in ranks if rank["compute_ms"] is not None]
-            row |= {"slowest_ms": max(computing), "fastest_ms": min(computing)} if computing else {}
+            row |= {name: _most(rank[name] for rank in ranks) for name in own}
+            if row["exposed_ms"] is None and row["slowest_ms"] is not None:
+                row["exposed_ms"] = row["asynchronous_step_ms"] - row["slowest_ms"]
             if handle is not None:
                 row |= _describe(handle, job.layout)
             if job.is_plain:
@@ -326,11 +320,11 @@ class Bench:
         runs: list[Run] = []
         spent, tries = 0.0, 0
         while True:
-            graphs = getattr(handle, "num_graphs", 0)
+            graphs = handle.num_graphs if handle else 0
             run, latents = self._timed_run(model, steps)
             tries += 1
             # all ranks stop after the same loop
-            told = self.world.gather((getattr(handle, "num_graphs", 0) > graphs, run.seconds))
+            told = self.world.gather((handle is not None and handle.num_graphs > graphs, run.seconds))
             spent += max(seconds for _, seconds in told)
             if not any(is_new for is_new, _ in told) or tries > self.options.repeats:
                 runs.append(run)
@@ -364,75 +358,7 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-# -- times ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """Times of one loop.
-
-    Args:
-        seconds: Wall time.
-        steps_ms: Time of each step on the device, from the end of the one before.
-        denoiser_ms: Time of each step's denoiser call among it.
-        host_ms: Time that the CPU spent on each step.
-    """
-
-    seconds: float
-    steps_ms: list[float]
-    denoiser_ms: list[float]
-    host_ms: list[float]
-
-
-class Marks:
-    """Marks in a loop: events on a GPU, where nothing waits, and the CPU's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._clock: list[float] = []
-        self._events: list[Any] = []
-
-    def add(self) -> None:
-        """Marks this moment."""
-        if self._on_gpu:
-            self._events.append(torch.cuda.Event(enable_timing=True))
-            self._events[-1].record()
-        self._clock.append(time.perf_counter())
-
-    def read(self, seconds: float) -> Run:
-        """The times between the marks: one before the loop, and in each step three."""
-        host = [1000 * (end - start) for start, end in itertools.pairwise(self._clock)]
-        device = [start.elapsed_time(end) for start, end in itertools.pairwise(self._events)] if self._on_gpu else host
-        steps = _in_threes(device)
-        return Run(seconds, [sum(step) for step in steps], [step[1] for step in steps], [*map(sum, _in_threes(host))])
-
-
-def _in_threes(values: list[float]) -> list[tuple[float, ...]]:
-    return [tuple(values[at : at + 3]) for at in range(0, len(values), 3)]
-
-
-def _times(runs: list[Run], exact: int) -> Row:
-    """Medians over the runs and over the steps of a kind; the first step, which prepares the sample, is left out."""
-
-    def median(name: str, kind: slice) -> float | None:
-        per_step = [statistics.median(values) for values in zip(*(getattr(run, name) for run in runs), strict=True)]
-        return statistics.median(per_step[kind]) if per_step[kind] else None
-
-    steps = len(runs[0].steps_ms)
-    kind = slice(min(1, exact - 1), exact)
-    row = {"exact_steps": exact, "exact_step_ms": median("steps_ms", kind)}
-    if exact < steps:
-        kind = slice(exact, None)
-        row["asynchronous_step_ms"] = median("steps_ms", kind)
-    step, denoiser = median("steps_ms", kind), median("denoiser_ms", kind)
-    assert step is not None and denoiser is not None
-    return row | {"glue_ms": step - denoiser, "host_ms": median("host_ms", kind), "timed_loops": len(runs)}
-
-
-def relative_deviation(latents: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference."""
-    difference = (latents.double() - reference.double()).norm()
-    return float(difference / reference.double().norm())
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 def _describe(handle: Parallel, layout: Layout) -> Row:
@@ -440,8 +366,8 @@ def _describe(handle: Parallel, layout: Layout) -> Row:
     found: Row = {
         "mib_per_step": layout.cfg * handle.bytes_per_step / MIB,
         "cut": handle.cut_hash,
-        "graphs": getattr(handle, "num_graphs", None),
-        "refusal": getattr(handle, "capture_refusal", None),
+        "graphs": handle.num_graphs,
+        "refusal": handle.capture_refusal,
     }
     if handle.costs:
         shares = [0.0] * layout.stages
@@ -453,120 +379,6 @@ def _describe(handle: Parallel, layout: Layout) -> Row:
 
 def _most(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-class RankFailed(Exception):
-    """Another rank failed in this row, and says why."""
-
-
-class World:
-    """The ranks that torchrun started, or this process alone.
-
-    Args:
-        device: `cuda` or `cpu`.
-        size: Number of ranks.
-    """
-
-    def __init__(self, device: str, size: int) -> None:
-        self.size, self.rank = size, int(os.environ.get("RANK", "0"))
-        self.device = torch.device(device)
-        if device == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(self.device)
-        self._group: dist.ProcessGroup | None = None
-        if size > 1:
-            on_gpu = device == "cuda"
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
-            # what ranks tell one another beside the pipelines: a CPU waits there, not a GPU
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-
-    def gather(self, value: Any) -> list[Any]:
-        """What all ranks have, on all of them; waits for the last one.
-
-        Raises:
-            RankFailed: Another rank told of a failure in place of its value.
-        """
-        found = self._gather((value, None))
-        for rank, (_, failure) in enumerate(found):
-            if failure is not None:
-                raise RankFailed(f"rank {rank}: {failure}")
-        return [value for value, _ in found]
-
-    def tell_failure(self, text: str) -> str:
-        """Tells the others, wherever they gather next, that this rank failed; gives what the first one says."""
-        timer = threading.Timer(LATE, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
-        found = self._gather((None, text))
-        timer.cancel()
-        return next(f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(found) if failure is not None)
-
-    def _gather(self, value: Any) -> list[Any]:
-        found = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(found, value, group=self._group)
-        return found
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def peak(self) -> float | None:
-        """GPU memory in GiB that was reserved at most, graphs' own included; None without a GPU."""
-        return torch.cuda.max_memory_reserved(self.device) / GIB if self.device.type == "cuda" else None
-
-    def close(self) -> None:
-        """Ends the connections."""
-        if self.size > 1:
-            dist.destroy_process_group()
-
-
-class Clock:
-    """Ends all ranks when the time is up, wherever they are.
-
-    Args:
-        seconds: How long from here; None for ever.
-        world: The ranks.
-        at_end: What rank 0 still does.
-        leave: Ends the process.
-    """
-
-    def __init__(
-        self, seconds: float | None, world: World, at_end: Callable[[], None], leave: Callable[[int], Any] = os._exit
-    ) -> None:
-        self._seconds, self._rank, self._at_end, self._leave = seconds, world.rank, at_end, leave
-        self._end, self._timer = float("inf"), None
-        if seconds is not None:
-            # one moment for all: they run on one machine
-            self._end = world.gather(time.time() + seconds)[0]
-            self._timer = threading.Timer(max(0.0, self._end - time.time()), self._leave_now)
-            self._timer.daemon = True
-            self._timer.start()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the time is up."""
-        return time.time() >= self._end
-
-    def wait(self) -> None:
-        """Waits until this process has been ended."""
-        assert self._timer is not None
-        self._timer.join()
-
-    def stop(self) -> None:
-        """Lets the process end by itself."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _leave_now(self) -> None:
-        if self._rank == 0:
-            print(f"time is up after {self._seconds:g} s: rows that are not here were not measured", flush=True)
-            self._at_end()
-        self._leave(0)
 
 
 def _draw(options: argparse.Namespace) -> None:

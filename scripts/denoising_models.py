@@ -142,7 +142,8 @@ class Denoising:
     def install(self, groups: Groups | None, **settings: Any) -> Parallel:
         """Runs the denoiser as `parallelize` does, until `remove()` of what is returned."""
         if self._predictor is not None:
-            own = {"pipe": self._predictor.pipeline, "trajectory": self._predictor.trajectory}
+            pipeline, trajectory = self._predictor.pipeline, self._predictor.trajectory
+            own = {"pipe": pipeline, "trajectory": trajectory, "share_decoding": True}
         else:
             own = {"pipe": self.denoiser, "scheduler": self.scheduler}
         return parallelize(**own, groups=groups, **settings)

@@ -3,14 +3,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import benchmark_denoising
 import pytest
 import torch
-from benchmark_denoising import PLAIN, Clock, Job, Marks, Run, parse, plan, relative_deviation, short_run
+from benchmark_denoising import PLAIN, Job, parse, plan, short_run
 from denoising_models import FULL, TINY, Denoising
+from denoising_ranks import Clock
 from denoising_report import COLUMNS, Table, compare, line, newest, plot, read_rows
+from denoising_times import Marks, Run, figures, relative_deviation
 
 from asyncdiff_pl.parallel import Layout, parallelize
 from asyncdiff_pl.parallel.stages.schedule import plan_step
@@ -123,7 +126,7 @@ def test_a_whole_pipeline():
 
 def test_marks_are_read_as_steps(monkeypatch):
     times = iter([0.0, 0.001, 0.004, 0.006, 0.007, 0.012, 0.014])
-    monkeypatch.setattr(benchmark_denoising.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
     marks = Marks(torch.device("cpu"))
     for _ in range(7):
         marks.add()
@@ -134,13 +137,13 @@ def test_marks_are_read_as_steps(monkeypatch):
 
 
 def test_steps_after_warm_up_are_told_from_exact_ones():
-    runs = [Run(1.0, [90, 20 + n, 20 + n, 5, 6, 7], [80, 19, 19, 4, 5, 6], [1, 1, 1, 2, 2, 2]) for n in (0, 1, 9)]
-    found = benchmark_denoising._times(runs, 3)
-    # the first step prepares the sample
-    assert found["exact_step_ms"] == 21
-    assert found["asynchronous_step_ms"] == 6
-    assert (found["glue_ms"], found["host_ms"]) == (1, 2)
-    assert "asynchronous_step_ms" not in benchmark_denoising._times(runs, 6)
+    runs = [
+        Run(1.0, [90, 20 + n, 20 + n, 7, 6, 8, 5], [80, 19, 19, 6, 5, 7, 4], [1, 1, 1, 2, 2, 2, 3]) for n in (0, 1, 9)
+    ]
+    # the first step prepares the sample, the last one sends nothing
+    found = {"exact_steps": 3, "exact_step_ms": 21, "asynchronous_step_ms": 7, "last_ms": 5, "timed_loops": 3}
+    assert figures(runs, 3) == found | {"glue_ms": 1, "host_ms": 2}
+    assert "asynchronous_step_ms" not in figures(runs, 7)
 
 
 def test_rows_are_compared_with_one_gpu():
@@ -262,6 +265,7 @@ def test_two_ranks_one_of_which_fails_once(tmp_path):
     assert (halves["exact_steps"], stages["exact_steps"]) == (9, 3)
     assert stages["asynchronous_step_ms"] > 0 < stages["exact_step_ms"]
     assert stages["mib_per_step"] > 0 == halves["mib_per_step"]
+    assert stages["slowest_ms"] + stages["exposed_ms"] == pytest.approx(stages["asynchronous_step_ms"], rel=1e-3)
     assert 0.3 < stages["fastest_share"] <= 0.5 <= stages["slowest_share"] < 0.7
     assert failed["failure"] == "rank 1: RuntimeError: no memory"
     # there is nothing to compare the others with, but they are measured
