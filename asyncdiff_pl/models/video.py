@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import DiffusionPredictor
+from asyncdiff_pl.models.decoding import to_pictures
 from asyncdiff_pl.models.loading import WeightsSource, quiet_libraries, read_component_config
 
 
@@ -148,7 +149,7 @@ class VideoPredictor(DiffusionPredictor):
         chunk = self.decode_chunk_size or self.num_frames
         with torch.no_grad():
             video = self.pipeline.decode_latents(latents[None], self.num_frames, chunk)
-        return self.pipeline.video_processor.postprocess_video(video, output_type="pil")[0]
+        return to_pictures(self.pipeline.video_processor.postprocess_video(video, output_type="pt")[0])
 
     def _size(self, samples: Sequence[Sample]) -> tuple[int, int]:
         sizes: dict[tuple[int, int], str] = {}
