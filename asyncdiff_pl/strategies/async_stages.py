@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Layout, Parallel, WarmUp, parallelize
-from asyncdiff_pl.parallel.api import check_modes, check_settings
+from asyncdiff_pl.parallel.api import check_modes, check_settings, denoiser_of
 from asyncdiff_pl.parallel.search import name_of
+from asyncdiff_pl.parallel.stages.placement import left_behind
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
 from asyncdiff_pl.strategies.base import GroupStrategy
 from asyncdiff_pl.strategies.layout_choice import Choice, choose_layout, kept_layout
@@ -208,6 +209,15 @@ class AsyncDiffStrategy(GroupStrategy):
         if advice:
             rank_zero_warn(advice)
         self.build_groups(choice.layout)
+
+    @override
+    def model_to_device(self) -> None:
+        if self.warm_up_mode == "replicated":
+            super().model_to_device()
+            return
+        # the weights of this rank's stage follow when the cut is known, those of the others never
+        with left_behind(self.lightning_module, denoiser_of(self.lightning_module.pipeline)):
+            super().model_to_device()
 
     @override
     def install(self, module: pl.LightningModule) -> Parallel:

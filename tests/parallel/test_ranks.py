@@ -112,7 +112,7 @@ def by_need_with_guidance(simulate):
     return by_need(simulate, cfg=2, warm_up=WarmUp(until_noise=0.97, until_drift=0.35, at_most=6))
 
 
-def late_receiver(simulate):
+def late_receiver(simulate, **settings):
     """FreeU writes into what was sent while the other rank is not there yet to receive it."""
     inside = [f"up_blocks.1.{part}" for part in ("resnets.0", "attentions.0")]
     after = [f"up_blocks.1.{part}" for part in ("resnets.1", "attentions.1", "resnets.2", "attentions.2", "upsamplers")]
@@ -120,7 +120,7 @@ def late_receiver(simulate):
     cut.append([*after, "up_blocks.2", "up_blocks.3", "conv_norm_out", "conv_out"])
     denoiser, scheduler = build("sd15"), ddim()
     denoiser.enable_freeu(0.9, 0.2, 1.5, 1.6)
-    parallelize(denoiser, stages=2, warm_up=1, cut=cut, simulate=simulate, scheduler=scheduler)
+    parallelize(denoiser, stages=2, warm_up=1, cut=cut, simulate=simulate, scheduler=scheduler, **settings)
 
     def before_step(step):
         if not simulate and dist.get_rank() == 1:
@@ -142,6 +142,58 @@ def autocast(simulate):
         return sample("sd21", simulate, stages=2, warm_up=1)
 
 
+# -- exact steps from stage to stage: the ranks compute in relay what one process computes whole -------------------
+
+
+def in_relay(simulate, **settings):
+    return settings if simulate else {"warm_up_mode": "relay"} | settings
+
+
+def relay(simulate):
+    return [latents for name in NAMES for latents in sample(name, simulate, steps=4, **in_relay(simulate, stages=2))]
+
+
+def relay_of_other_inputs(simulate):
+    """The first cut that is found serves all of them, since weights stay where they are."""
+    if not simulate:
+        return changes(simulate, warm_up_mode="relay")
+    denoiser, scheduler = build("sd21"), ddim()
+    handle = parallelize(denoiser, stages=2, simulate=True, scheduler=scheduler)
+    Sampler("sd21")(denoiser, scheduler, 1)
+    return changes(simulate, cut=handle.cut)
+
+
+def relay_of_two_calls_a_step(simulate):
+    return two_calls_a_step(simulate, **in_relay(simulate))
+
+
+def relay_before_writing_in_place(simulate):
+    return late_receiver(simulate, **in_relay(simulate))
+
+
+def relay_in_inference_mode(simulate):
+    with torch.inference_mode():
+        return [latents.clone() for latents in sample("sd21", simulate, steps=4, **in_relay(simulate, stages=2))]
+
+
+def relay_over_three(simulate):
+    settings = in_relay(simulate, stages=3, warm_up=2, refresh_every=3)
+    return [latents for name in ("sdxl", "svd") for latents in sample(name, simulate, **settings)]
+
+
+def relay_with_an_extra_rank(simulate):
+    return sample("sd21", simulate, steps=9, **in_relay(simulate, stages=2, stride=2, time_shift=True, refresh_every=4))
+
+
+def relay_over_four(simulate):
+    settings = in_relay(simulate, stages=4, warm_up=WarmUp(until_noise=0.97))
+    return [latents for name in ("sd15", "animatediff") for latents in sample(name, simulate, **settings)]
+
+
+def relay_of_halves(simulate):
+    return sample("sdxl", simulate, **in_relay(simulate, stages=2, cfg=2))
+
+
 SCENARIOS = {
     2: [
         guidance,
@@ -152,9 +204,20 @@ SCENARIOS = {
         late_receiver,
         inference_mode,
         autocast,
+        relay,
+        relay_of_other_inputs,
+        relay_of_two_calls_a_step,
+        relay_before_writing_in_place,
+        relay_in_inference_mode,
     ],
-    3: [changes_with_stride, blocks_of_an_attention, by_need_with_an_extra_rank],
-    4: [guidance_and_stages, ahead_with_an_extra_rank, by_need_with_guidance],
+    3: [
+        changes_with_stride,
+        blocks_of_an_attention,
+        by_need_with_an_extra_rank,
+        relay_over_three,
+        relay_with_an_extra_rank,
+    ],
+    4: [guidance_and_stages, ahead_with_an_extra_rank, by_need_with_guidance, relay_over_four, relay_of_halves],
 }
 
 # -- what is no comparison -----------------------------------------------------------------------------------------
@@ -208,6 +271,25 @@ def removal_on_ranks(rank):
     assert torch.equal(sampler(denoiser, scheduler, 5), expected)
 
 
+def relay_is_removed_on_ranks(rank):
+    """With weights of other ranks away while it is there, and a sample broken off."""
+    denoiser, scheduler, sampler = build("sd21"), ddim(), Sampler("sd21")
+    expected = sampler(denoiser, ddim(), 5)
+    handle = parallelize(denoiser, stages=2, warm_up_mode="relay", scheduler=scheduler)
+    sampler(denoiser, scheduler, 9, stop=5)
+    assert any(weight.isnan().any() for weight in denoiser.parameters())
+    handle.remove()
+    assert torch.equal(sampler(denoiser, scheduler, 5), expected)
+
+
+def relay_under_autocast(rank):
+    denoiser, scheduler = build("sd21"), ddim()
+    handle = parallelize(denoiser, stages=2, warm_up_mode="relay", scheduler=scheduler)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast changes them"):
+        Sampler("sd21")(denoiser, scheduler, 5)
+    handle.remove()
+
+
 CHECKS = {
     2: [
         ranks_with_other_noise,
@@ -215,6 +297,8 @@ CHECKS = {
         ranks_with_other_noise_in_the_steps,
         ranks_that_do_not_fit,
         removal_on_ranks,
+        relay_is_removed_on_ranks,
+        relay_under_autocast,
     ]
 }
 

@@ -7,8 +7,9 @@ or its number of weights gets the right answer. Placeholders are NaN: a use of o
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +94,24 @@ def _put_into(
     for name, weight in module.named_parameters(remove_duplicate=False):
         if weight in kept and prefix + name in state:
             state[prefix + name] = kept[weight]
+
+
+@contextlib.contextmanager
+def left_behind(whole: nn.Module, part: nn.Module) -> Iterator[None]:
+    """Within this context a module can be moved without a part of it.
+
+    Args:
+        whole: What is moved.
+        part: One of the modules below it, under whatever names.
+    """
+    places = [(module, name) for module in whole.modules() for name, child in module._modules.items() if child is part]
+    for module, name in places:
+        module._modules[name] = None
+    try:
+        yield
+    finally:
+        for module, name in places:
+            module._modules[name] = part
 
 
 def device_of_rank(denoiser: nn.Module) -> torch.device:
