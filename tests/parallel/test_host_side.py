@@ -117,12 +117,15 @@ def test_no_stage_waits(name, settings, monkeypatch):
     handle.remove()
 
 
-@pytest.fixture
-def video(small_svd):
-    module = VideoPredictor(small_svd, num_frames=2, decode_chunk_size=None, dtype="float32")
-    pipe = module.load()
+def load_video(folder):
+    pipe = VideoPredictor(folder, dtype="float32").load()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def video(small_svd):
+    return load_video(small_svd)
 
 
 def film(pipe, **changes):
