@@ -48,7 +48,8 @@ class Prediction:
         steps: Number of denoising steps it took.
         frames: One picture, or the frames of a video in order.
         seconds: Wall time of the whole pipeline call, in s; a call for several samples is shared out evenly.
-        timed: False where `seconds` holds one-time work (the first call of a process): averages leave it out.
+        timed: False where `seconds` holds one-time work (the first call of a process, or with a new shape): averages
+            leave it out.
         call: Number of the pipeline call in its batch, from 0.
         metrics: Filled by callbacks; each entry becomes a column of samples.csv.
         pending: What callbacks still do with it beside the run; only when all of it is done without an error is the
@@ -327,6 +328,7 @@ class DiffusionPredictor(LightningModule):
         # the noise is drawn on the CPU, so that a picture does not depend on the kind of device
         seeds = [sample_seed(self.seed, s.id) if s.seed is None else s.seed for s in samples]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.trajectory.has_one_time_work = False
         started = self._now()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), noise_from(self.pipeline.scheduler, generators):
@@ -334,7 +336,7 @@ class DiffusionPredictor(LightningModule):
             torch.manual_seed(seeds[0])
             frames = self.generate(samples, steps, generators)
         seconds = (self._now() - started) / len(samples)
-        timed, self.is_warm = self.is_warm, True
+        timed, self.is_warm = self.is_warm and not self.trajectory.has_one_time_work, True
         return [Prediction(s, steps, f, seconds, timed, call) for s, f in zip(samples, frames, strict=True)]
 
     def _now(self) -> float:

@@ -53,6 +53,8 @@ class Trajectory:
         """Number of the denoiser call in work among those of its step, from 0."""
         self.host_timestep: torch.Tensor | None = None
         """The timestep of that call as the pipeline gave it, if that was on the CPU and the denoiser got a copy."""
+        self.has_one_time_work = False
+        """Whether something was traced, compiled or recorded since this was last set to False: times tell little."""
         self.first_index = 0
         """Index in `timesteps` of the sample's first step: above 0 where a pipeline runs only a part of them."""
         self._starts = [0]

@@ -74,6 +74,7 @@ class StagePipeline(TrajectoryListener):
         self._last_exact: int | None = None
         self._first_batch = 0
         self._programs: dict[Any, Program] = {}
+        self._met: set[Any] = set()
         self._streams: dict[int, Stream] = {}
         self._set_aside: dict[int, Stream] = {}
         self._forward = denoiser.forward
@@ -352,7 +353,9 @@ class StagePipeline(TrajectoryListener):
     def _run_phase(
         self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Callable[[list[Inputs]], Made]
     ) -> Made:
+        before = self.recordings.num_graphs
         made = self.recordings.run(stream, phase, inputs, body, self.trajectory.position)
+        self.trajectory.has_one_time_work |= self.recordings.num_graphs > before
         self.sent_bytes += made.sent_bytes
         return made
 
@@ -411,6 +414,8 @@ class StagePipeline(TrajectoryListener):
 
     def _fit_out(self, stream: Stream, inputs: Inputs) -> None:
         """Gives a kind of inputs its program and its buffers."""
+        self.trajectory.has_one_time_work |= stream.signature not in self._met
+        self._met.add(stream.signature)
         self.recordings.begin(stream, self._device)
         if self._compiled is not None:
             self._compiled.prepare(self._device)
