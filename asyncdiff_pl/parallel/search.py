@@ -119,10 +119,10 @@ def table(found: Sequence[Candidate], chosen: Candidate) -> str:
     """The layouts as a table for people; the chosen one has a mark."""
     lines = [("", "layout", "s a sample", "ms exact", "ms after", "slowest stage", "steps old", "MiB a step")]
     for c in sorted(found, key=lambda c: c.seconds):
-        times = f"{c.seconds:.3g}", f"{c.exact_ms:.3g}", f"{c.asynchronous_ms:.3g}"
+        times = _short(c.seconds), _short(c.exact_ms), _short(c.asynchronous_ms)
         mark = "*" if c is chosen else ""
         lines.append(
-            (mark, c.name, *times, f"{max(c.shares):.0%}", f"{c.staleness:.2g}", f"{c.stale_bytes / 2**20:.3g}")
+            (mark, c.name, *times, f"{max(c.shares):.0%}", f"{c.staleness:.2g}", _short(c.stale_bytes / 2**20))
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
@@ -142,6 +142,10 @@ def counted_costs(graph: Graph, rate: float) -> list[int]:
         rate: Operations a second.
     """
     return [max(1, round(1e9 * unit.flops / rate)) for unit in graph.units]
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _staleness(graph: Graph, boundary: Boundary, costs: Sequence[int]) -> float:

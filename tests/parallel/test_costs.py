@@ -142,10 +142,20 @@ def test_nothing_is_left_on_the_denoiser():
     assert torch.equal(denoiser(*args, **kwargs).sample, before)
 
 
-def test_weights_that_are_elsewhere():
+def put_away(module):
+    module.to("meta")
+
+
+def put_placeholders(module):
+    for weight in module.parameters():
+        weight.data = torch.zeros(()).expand(weight.shape)
+
+
+@pytest.mark.parametrize("away", [put_away, put_placeholders])
+def test_weights_that_are_elsewhere(away):
     denoiser, graph, args, kwargs = traced()
-    denoiser.mid_block.to("meta")
-    with pytest.raises(ValueError, match=r"on cpu, but some of its weights are on meta: measure with .* replicated"):
+    away(denoiser.mid_block.resnets[0].conv1)
+    with pytest.raises(ValueError, match=r"on cpu, but 2 of its weights are not there: measure with .* replicated"):
         measure(denoiser, denoiser.forward, graph, args, kwargs, Table())
 
 

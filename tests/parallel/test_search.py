@@ -118,5 +118,5 @@ def test_the_only_one():
 def test_the_table_has_the_fastest_first_and_a_mark():
     found = [candidate(4, 1, 1.5, 1.5), dataclasses.replace(candidate(2, 2, 1.0, 0.5), stale_bytes=3 * MIB)]
     lines = [line.split() for line in table(found, found[1]).splitlines()]
-    assert lines[1] == ["*", "cfg", "2", "x", "2", "stages", "1", "1e+03", "100", "50%", "0.5", "3"]
-    assert lines[2] == ["4", "stages", "1.5", "1e+03", "100", "25%", "1.5", "1"]
+    assert lines[1] == ["*", "cfg", "2", "x", "2", "stages", "1", "1000", "100", "50%", "0.5", "3"]
+    assert lines[2] == ["4", "stages", "1.5", "1000", "100", "25%", "1.5", "1"]

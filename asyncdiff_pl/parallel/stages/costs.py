@@ -126,14 +126,15 @@ def measure(
         Nanoseconds of each unit, 1 at least.
 
     Raises:
-        ValueError: Weights are not where the inputs are.
+        ValueError: Weights are not where the inputs are, all of them.
     """
     device = find_latents(forward, args, kwargs).device
-    away = next((weight.device for weight in denoiser.parameters() if weight.device != device), None)
-    if away is not None:
+    # in a relay, placeholders with a single element stand for the weights of other stages
+    away = [w for w in denoiser.parameters() if w.device != device or w.untyped_storage().nbytes() < w.nbytes]
+    if away:
         raise ValueError(
-            f"balance measured runs the whole denoiser on {device}, but some of its weights are on {away}: measure "
-            "with warm_up_mode replicated and without offloading first (the costs are kept), or take balance "
+            f"balance measured runs the whole denoiser on {device}, but {len(away)} of its weights are not there: "
+            "measure with warm_up_mode replicated and without offloading first (the costs are kept), or take balance "
             "operations."
         )
     probe = Probe(graph, stopwatch)
