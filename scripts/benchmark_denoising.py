@@ -274,7 +274,8 @@ class Bench:
             world.synchronize()
             setup = time.perf_counter() - started
             runs, latents = self._timed(model, handle, steps)
-            row = figures(runs, handle.exact_steps if handle and job.layout.stages > 1 else steps)
+            exact = handle.exact_steps if handle and job.layout.stages > 1 else steps
+            row = figures(runs, exact, job.layout.stride)
             row |= {"setup_s": setup, "loop_s": statistics.median(run.seconds for run in runs)}
             own = {"peak_gib": world.peak(), "slowest_ms": row.pop("last_ms", None)}
             own["exposed_ms"] = getattr(handle, "exposed_ms", None)

@@ -55,24 +55,27 @@ def _in_threes(values: list[float]) -> list[tuple[float, ...]]:
     return [tuple(values[at : at + 3]) for at in range(0, len(values), 3)]
 
 
-def figures(runs: list[Run], exact: int) -> dict[str, Any]:
+def figures(runs: list[Run], exact: int, stride: int = 1) -> dict[str, Any]:
     """Medians over the runs and over the steps of a kind; the first step, which prepares the sample, is left out.
 
-    The last step sends nothing. So on the rank of the slowest stage it takes what that stage computes, `last_ms`.
+    The last step sends nothing. So on the rank of the slowest stage it takes what that stage computes, `last_ms`. With
+    stride 2 one step in two does nothing but broadcast: what counts is the mean.
     """
 
-    def median(name: str, kind: slice) -> float:
+    def middle(name: str, kind: slice) -> float:
         per_step = [statistics.median(values) for values in zip(*(getattr(run, name) for run in runs), strict=True)]
-        return statistics.median(per_step[kind])
+        return (statistics.median if stride == 1 else statistics.fmean)(per_step[kind])
 
     last = len(runs[0].steps_ms) - 1
     kind = slice(min(1, exact - 1), exact)
-    row: dict[str, Any] = {"exact_steps": exact, "exact_step_ms": median("steps_ms", kind), "timed_loops": len(runs)}
+    row: dict[str, Any] = {"exact_steps": exact, "exact_step_ms": middle("steps_ms", kind), "timed_loops": len(runs)}
     if exact < last:
         kind = slice(exact, last)
-        row |= {"asynchronous_step_ms": median("steps_ms", kind), "last_ms": median("steps_ms", slice(last, None))}
-    row["glue_ms"] = median("steps_ms", kind) - median("denoiser_ms", kind)
-    return row | {"host_ms": median("host_ms", kind)}
+        row["asynchronous_step_ms"] = middle("steps_ms", kind)
+        if stride == 1:
+            row["last_ms"] = middle("steps_ms", slice(last, None))
+    row["glue_ms"] = middle("steps_ms", kind) - middle("denoiser_ms", kind)
+    return row | {"host_ms": middle("host_ms", kind)}
 
 
 def relative_deviation(latents: torch.Tensor, reference: torch.Tensor) -> float:

@@ -144,6 +144,9 @@ def test_steps_after_warm_up_are_told_from_exact_ones():
     found = {"exact_steps": 3, "exact_step_ms": 21, "asynchronous_step_ms": 7, "last_ms": 5, "timed_loops": 3}
     assert figures(runs, 3) == found | {"glue_ms": 1, "host_ms": 2}
     assert "asynchronous_step_ms" not in figures(runs, 7)
+    ahead = figures([Run(1.0, [9, 9, 12, 2, 14, 4, 3], [0] * 7, [0] * 7)], 2, stride=2)
+    assert ahead["asynchronous_step_ms"] == 8
+    assert "last_ms" not in ahead
 
 
 def test_rows_are_compared_with_one_gpu():
