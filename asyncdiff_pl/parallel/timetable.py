@@ -1,8 +1,9 @@
-"""The scheduler's timesteps on the CPU: what compares or looks up a timestep need not wait for the GPU.
+"""The scheduler on the CPU: its timesteps are there, and what it sends to the GPU makes nobody wait.
 
 Pipelines let the scheduler keep its timesteps on the GPU, and most schedulers look for a timestep among them, or take
 it for an index: at each step the CPU then waits until the GPU has come that far. Here they are on the CPU. A network
-that is given one gets a copy on its own device, uploaded beside the computation: nothing waits.
+that is given one gets a copy on its own device, uploaded beside the computation: nothing waits. So are the noise and
+the numbers that a scheduler's step itself moves to the device.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from asyncdiff_pl.parallel.trajectory import Overlay, Trajectory, TrajectoryListener
@@ -35,6 +38,7 @@ class Timetable(TrajectoryListener):
         self._trajectory = trajectory
         self._table: Overlay | None = None
         self._follow(trajectory.scheduler)
+        self._around_before, trajectory.around_step = trajectory.around_step, _around_step
         trajectory.subscribe(self)
         self._handles = []
         for module in (denoiser, *others):
@@ -48,6 +52,7 @@ class Timetable(TrajectoryListener):
             handle.remove()
         self._trajectory.unsubscribe(self)
         self._trajectory.host_timestep = None
+        self._trajectory.around_step = self._around_before
         if self._table is not None:
             self._table.remove()
             self._table = None
@@ -97,6 +102,23 @@ class Timetable(TrajectoryListener):
             else:
                 kwargs = kwargs | {name: upload(given, device)}
         return tuple(positional), kwargs
+
+
+class _Uploads(TorchFunctionMode):
+    """Within it, `tensor.to(device)` of what is on the CPU waits for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and args[0].device.type == "cpu":
+            device = kwargs.get("device", args[1] if len(args) > 1 else None)
+            device = torch.device(device) if isinstance(device, str) else device
+            if isinstance(device, torch.device) and device.type != "cpu":
+                args = (upload(args[0], device), *args[1:])
+        return func(*args, **kwargs)
+
+
+def _around_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    return _Uploads() if any(_is_far(value) for value in (*args, *kwargs.values())) else nullcontext()
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

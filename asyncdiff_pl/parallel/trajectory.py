@@ -12,10 +12,14 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+
+Around = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
+"""Makes the context in which a method runs, from its positional and keyword arguments."""
 
 
 class TrajectoryListener:
@@ -53,6 +57,8 @@ class Trajectory:
         """Number of the denoiser call in work among those of its step, from 0."""
         self.host_timestep: torch.Tensor | None = None
         """The timestep of that call as the pipeline gave it, if that was on the CPU and the denoiser got a copy."""
+        self.around_step: Around = _plainly
+        """Makes the context in which the scheduler steps."""
         self.has_one_time_work = False
         """Whether something was traced, compiled or recorded since this was last set to False: times tell little."""
         self.first_index = 0
@@ -137,7 +143,7 @@ class Trajectory:
     def _follow(self, scheduler: Any) -> None:
         if self._step is not None:
             self._step.remove()
-        self._step = Overlay(scheduler, "step", self._after_step)
+        self._step = Overlay(scheduler, "step", self._after_step, lambda *given: self.around_step(*given))
 
     def _after_step(self, step: Overlay, output: Any) -> None:
         if step is not self._step:
@@ -149,6 +155,10 @@ class Trajectory:
         self._next_call = 0
 
 
+def _plainly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
 class Overlay:
     """A method of one object that tells each time that it returned; a copy of the object gets the plain method.
 
@@ -156,14 +166,22 @@ class Overlay:
         owner: Its attribute is replaced at once.
         name: Name of the method.
         after: Is told with this overlay and what the method returned.
+        around: Makes the context in which the method runs.
     """
 
-    def __init__(self, owner: Any, name: str, after: Callable[[Overlay, Any], None]) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        after: Callable[[Overlay, Any], None],
+        around: Around | None = None,
+    ) -> None:
         self.owner = owner
         self._name = name
         self._own = vars(owner).get(name)
         self._method = getattr(owner, name)
         self._after = after
+        self._around = around or _plainly
         # pipelines look at the arguments that a scheduler's methods take; not its attributes, which may be our own
         functools.update_wrapper(self, self._method, updated=())
         setattr(owner, name, self)
@@ -179,7 +197,8 @@ class Overlay:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method, and tells."""
-        output = self._method(*args, **kwargs)
+        with self._around(args, kwargs):
+            output = self._method(*args, **kwargs)
         self._after(self, output)
         return output
 
