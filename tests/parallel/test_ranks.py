@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cuts import split_attentions
 from denoisers import NAMES, Sampler, build, ddim
 from diffusers import DDPMScheduler
+from fake_graph import FakeRecorder, captured
 from pipeline_scenarios import PIPELINES
 from ranks import run_ranks
 from traces import known_traces, shared_traces, take_traces
@@ -194,6 +195,53 @@ def relay_of_halves(simulate):
     return sample("sdxl", simulate, **in_relay(simulate, stages=2, cfg=2))
 
 
+# -- recorded steps: replays with their messages compute what one process computes without --------------------------
+
+
+def recorded(scenario, simulate, *args, **settings):
+    """A scenario whose steps are replayed on ranks."""
+    if simulate:
+        return scenario(*args, simulate, **settings)
+    with captured(FakeRecorder()) as recorder:
+        found = scenario(*args, simulate, capture=True, **settings)
+    assert recorder.replays > 0
+    return found
+
+
+def three_samples(name, simulate, **settings):
+    return sample(name, simulate, [Sampler(name, seed=seed) for seed in range(3)], **settings)
+
+
+def recorded_in_two(simulate):
+    found = recorded(three_samples, simulate, "sd15", stages=2, warm_up=2)
+    return found + recorded(three_samples, simulate, "svd", cfg=2, steps=3)
+
+
+def recorded_changes(simulate):
+    return recorded(changes, simulate)
+
+
+def recorded_two_calls_a_step(simulate):
+    return recorded(two_calls_a_step, simulate)
+
+
+def recorded_by_need(simulate):
+    return recorded(by_need, simulate)
+
+
+def recorded_relay(simulate):
+    return recorded(three_samples, simulate, "sd21", **in_relay(simulate, stages=2, refresh_every=3))
+
+
+def recorded_with_an_extra_rank(simulate):
+    return recorded(three_samples, simulate, "sd21", stages=2, stride=2, warm_up=2, time_shift=True)
+
+
+def recorded_in_four(simulate):
+    found = recorded(three_samples, simulate, "sdxl", stages=2, cfg=2, refresh_every=3)
+    return found + recorded(three_samples, simulate, "sd21", stages=4, warm_up=1)
+
+
 SCENARIOS = {
     2: [
         guidance,
@@ -209,6 +257,11 @@ SCENARIOS = {
         relay_of_two_calls_a_step,
         relay_before_writing_in_place,
         relay_in_inference_mode,
+        recorded_in_two,
+        recorded_changes,
+        recorded_two_calls_a_step,
+        recorded_by_need,
+        recorded_relay,
     ],
     3: [
         changes_with_stride,
@@ -216,8 +269,16 @@ SCENARIOS = {
         by_need_with_an_extra_rank,
         relay_over_three,
         relay_with_an_extra_rank,
+        recorded_with_an_extra_rank,
     ],
-    4: [guidance_and_stages, ahead_with_an_extra_rank, by_need_with_guidance, relay_over_four, relay_of_halves],
+    4: [
+        guidance_and_stages,
+        ahead_with_an_extra_rank,
+        by_need_with_guidance,
+        relay_over_four,
+        relay_of_halves,
+        recorded_in_four,
+    ],
 }
 
 # -- what is no comparison -----------------------------------------------------------------------------------------

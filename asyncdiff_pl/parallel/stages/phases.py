@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, Recording, StaticInputs, frozen
@@ -196,8 +197,8 @@ class Phases:
         if torch.is_grad_enabled():
             return "gradients are on; call the pipeline under torch.no_grad()"
         for name, module in self._denoiser.named_modules():
-            if module.training:
-                return f"{name or 'the denoiser'} is in training mode, and a graph would repeat its random numbers"
+            if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+                return f"{name} drops out values at random, as in training; call `eval()`"
             others = module._diffusers_hook.hooks if hasattr(module, "_diffusers_hook") else {}
             if hasattr(module, "_hf_hook") or any("offload" in other for other in others):
                 return f"the weights of {name or 'the denoiser'} are moved by hooks (offloading)"
