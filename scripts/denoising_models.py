@@ -19,6 +19,7 @@ import yaml
 from diffusers import MotionAdapter, UNetMotionModel
 from PIL import Image
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from asyncdiff_pl.cli.overview import find_config
 from asyncdiff_pl.data.sample import Sample
@@ -121,7 +122,7 @@ class Denoising:
         if self._predictor is not None:
             self.denoiser, self.scheduler = self._predictor.denoiser, self._predictor.pipeline.scheduler
         else:
-            self.denoiser, self.scheduler = build_denoiser(kind, dtype)
+            self.denoiser, self.scheduler = build_denoiser(kind, device, dtype)
         self.denoiser.to(device)
         generator = torch.Generator().manual_seed(1)
 
@@ -212,8 +213,8 @@ class Denoising:
         return kwargs | {"return_dict": False}
 
 
-def build_denoiser(kind: Kind, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """A denoiser alone, on the CPU, and the scheduler of its pipeline."""
+def build_denoiser(kind: Kind, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A denoiser alone, and the scheduler of its pipeline."""
     settings = kind.settings
     pretrained = settings["pretrained"]
     folder, index = find_folder(pretrained) or MODELS_FOLDER / ARCHITECTURES[pretrained][0], read_index(pretrained)
@@ -225,9 +226,11 @@ def build_denoiser(kind: Kind, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         if kind.motion is not None:
             adapter, changes = kind.motion
             motion = build_random_model(MotionAdapter, MODELS_FOLDER / adapter, dtype, changes, "motion_adapter")
-            unet = UNetMotionModel.from_unet2d(unet, motion)
+            # it copies the weights of both: those that it starts with need no drawing
+            with torch.device(device), no_init_weights():
+                unet = UNetMotionModel.from_unet2d(unet.to(device), motion.to(device))
     # the method of diffusers' own class warns at each cast
-    return nn.Module.to(unet, dtype=dtype).requires_grad_(False).eval(), scheduler
+    return nn.Module.to(unet, device, dtype).requires_grad_(False).eval(), scheduler
 
 
 def build_predictor(kind: Kind, dtype: torch.dtype) -> DiffusionPredictor:
