@@ -169,10 +169,15 @@ class Exchange:
         dist.all_reduce(low, dist.ReduceOp.MIN, group=self.groups.pipeline)
         return high - low
 
+    def all_agree(self, holds: bool) -> bool:
+        """Whether something holds on all ranks of the pipeline; each asks, and waits for the others."""
+        kind = "cuda" if dist.get_backend(self.groups.pipeline) == "nccl" else "cpu"
+        return not bool(self.add_up(torch.tensor([0.0 if holds else 1.0], device=kind)))
+
     def add_up(self, numbers: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of the pipeline of each of some numbers, the same on all of them."""
         total = numbers.clone()
-        text = f"rank {dist.get_rank()}, step {self._step}: the drift that all ranks of the pipeline measured"
+        text = f"rank {dist.get_rank()}, step {self._step}: a sum over the ranks of the pipeline"
         work: Any = dist.all_reduce(total, group=self.groups.pipeline, async_op=True)
         self._watched(work, text).wait()
         return total

@@ -351,6 +351,21 @@ def relay_under_autocast(rank):
     handle.remove()
 
 
+def refusal_of_one_rank(rank):
+    """The other one goes on without recordings, too: their messages are in recordings of both or of none."""
+    expected = sample("sd21", True, stages=2)
+    denoiser, scheduler = build("sd21"), ddim()
+    if rank == 1:
+        # it waits for the device, which cannot be recorded
+        denoiser.conv_in.register_forward_pre_hook(lambda module, args: float(args[0].sum()) and None)
+    with captured(FakeRecorder()) as recorder, pytest.warns(UserWarning, match="Steps are not captured"):
+        handle = parallelize(denoiser, stages=2, scheduler=scheduler, capture=True)
+        assert torch.equal(Sampler("sd21")(denoiser, scheduler, 7), expected[0])
+    assert handle.capture_refusal.startswith(("another rank of the pipeline cannot", "aten._local_scalar")[rank])
+    handle.remove()
+    assert recorder.alive == recorder.replays == 0
+
+
 CHECKS = {
     2: [
         ranks_with_other_noise,
@@ -360,6 +375,7 @@ CHECKS = {
         removal_on_ranks,
         relay_is_removed_on_ranks,
         relay_under_autocast,
+        refusal_of_one_rank,
     ]
 }
 

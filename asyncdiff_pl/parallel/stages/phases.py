@@ -4,6 +4,9 @@ After warm-up all steps of a rank launch the same kernels and messages, but for 
 and which received into, and whether anybody consumes what is sent. So a few recordings do for all samples. The first
 step of a kind runs as it always does, so that libraries choose their kernels and ranks meet for the first time, and is
 recorded at once. What a replay would freeze makes another recording (capture.py, fingerprint.py).
+
+NCCL wants a message to be in a recording on all of its ranks or on none, and replays of one recording to meet. So all
+that decides here is the same on all ranks of a pipeline, and what may not be is agreed.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, Recording, St
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a denoiser call."""
+
+_ELSEWHERE = "another rank of the pipeline cannot"
 
 MAX_ALIKE = 2
 """Recordings of one phase for different shapes, scales or modes; the one that was not used for longest goes first."""
@@ -51,6 +56,11 @@ class Phase:
     def uses_buffers(self) -> bool:
         """Whether boundary tensors are kept or read."""
         return self.kind != "exact"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no rank computes: the estimate is one that was made a step before."""
+        return bool(self.stages) and not any(stage is not None for stage in self.stages)
 
 
 @dataclass
@@ -95,6 +105,7 @@ class Phases:
         denoiser: The network.
         forward: Its own forward, whose signature names the arguments.
         device: Where it computes.
+        agree: Whether something holds on all ranks; each of them asks.
         on_refusal: Is told why there will be no recordings.
     """
 
@@ -104,6 +115,7 @@ class Phases:
         denoiser: nn.Module,
         forward: Callable[..., Any],
         device: torch.device,
+        agree: Callable[[bool], bool],
         on_refusal: Callable[[str], None],
     ) -> None:
         self.num_recorded = 0
@@ -111,6 +123,7 @@ class Phases:
         self._recorder = recorder
         self._denoiser = denoiser
         self._device = device
+        self._agree = agree
         self._on_refusal = on_refusal
         self._names = list(inspect.signature(forward).parameters)
         self._recorded: dict[Phase, dict[Hashable, _Recorded]] = {}
@@ -150,8 +163,8 @@ class Phases:
         if recorded is not None:
             recorded.recording.drop()
         reason = self._why_not() or self._what_changes(phase, conditions, given)
-        if reason:
-            self._on_refusal(reason)
+        if not self._agree(not reason):
+            self._on_refusal(reason or _ELSEWHERE)
             return body(given)
         while len(alike) >= MAX_ALIKE:
             alike.pop(next(iter(alike))).recording.drop()
@@ -159,11 +172,12 @@ class Phases:
         made = self._without_cast_cache(body, inputs)
         try:
             recording, kept = self._recorder.record(lambda: self._without_cast_cache(body, inputs))
+            alike[conditions] = _Recorded(recording, inputs, kept, held())
+            self.num_recorded += 1
         except CannotCapture as refusal:
-            self._on_refusal(str(refusal))
-            return made
-        alike[conditions] = _Recorded(recording, inputs, kept, held())
-        self.num_recorded += 1
+            reason = str(refusal)
+        if not self._agree(not reason):
+            self._on_refusal(reason or _ELSEWHERE)
         return made
 
     def drop(self) -> None:
@@ -225,12 +239,17 @@ class Phases:
         return name + keystr(tuple(rest))
 
 
+def number_format(device: torch.device) -> Hashable:
+    """The number format that autocast gives to what is computed on a device; False where it gives none."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+
+
 def _modes(device: torch.device) -> Hashable:
     """What decides, beside its arguments, which kernels a call launches."""
     return (
         torch.is_inference_mode_enabled(),
         torch.is_grad_enabled(),
-        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        number_format(device),
     )
 
 

@@ -22,7 +22,7 @@ from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
 from asyncdiff_pl.parallel.stages.hooks import install, uninstall
-from asyncdiff_pl.parallel.stages.phases import Inputs, Made, Phase
+from asyncdiff_pl.parallel.stages.phases import Inputs, Made, Phase, number_format
 from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.recordings import Recordings
@@ -212,7 +212,7 @@ class StagePipeline(TrajectoryListener):
             self.exact_steps += 1
         if plan.fills or self._placement is not None:
             for worker in stream.all_workers:
-                worker.restart()
+                worker.restart(number_format(self._device))
         # only steps of one warm-up are compared: what is there before it is another sample's
         is_compared = plan.fills and stream.warm_up is None and step > 0 and step + 1 >= stream.span.fewest
         phase = Phase("fill" if plan.fills else "relay" if self._placement else "exact", is_compared)

@@ -66,7 +66,7 @@ class Recordings:
             except CannotCapture as refusal:
                 self._refuse(str(refusal))
                 return
-        stream.phases = Phases(self._recorder, self._denoiser, self._forward, device, self._refuse)
+        stream.phases = Phases(self._recorder, self._denoiser, self._forward, device, self._agree, self._refuse)
 
     def run(self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Body, step: int) -> Made:
         """Computes a step, or replays one like it.
@@ -81,7 +81,7 @@ class Recordings:
         if stream.phases is not None and not self.are_made:
             stream.phases.drop()
             stream.phases = None
-        if stream.phases is None or not inputs:
+        if stream.phases is None or phase.is_idle:
             return body(inputs)
         if self._network is None:
             self._network = fingerprint(self._denoiser)
@@ -94,6 +94,9 @@ class Recordings:
         elif self._exchange is not None:
             self._exchange.watch_replay(step)
         return made
+
+    def _agree(self, holds: bool) -> bool:
+        return holds if self._exchange is None else self._exchange.all_agree(holds)
 
     def _refuse(self, reason: str) -> None:
         self.refusal = reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 
@@ -27,6 +27,7 @@ class Worker:
         self._next: dict[int, torch.Tensor] = {}
         self._expected: dict[int, Pending] = {}
         self._pending: dict[int, Pending] = {}
+        self._number_format: Hashable = False
         self.parity = 0
         """Which of the two buffers of each value is read."""
         self.held: object = object()
@@ -75,10 +76,17 @@ class Worker:
         self._swap()
         self._pending, self._expected = self._expected, {}
 
-    def restart(self) -> None:
-        """Begins with the same one of the two buffers each time that all values are to be stored anew."""
+    def restart(self, number_format: Hashable) -> None:
+        """Begins with the same one of the two buffers each time that all values are to be stored anew.
+
+        Args:
+            number_format: Decides, beside the inputs, the number formats of the values.
+        """
         # a buffer that nobody read may still be received into
         self.settle()
+        if number_format != self._number_format:
+            # on all ranks, whether they have buffers or not
+            self._number_format, self.held = number_format, object()
         if self.parity:
             self._swap()
 
