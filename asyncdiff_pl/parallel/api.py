@@ -171,8 +171,9 @@ def parallelize(
             device, which are kept on disk.
         warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage,
             one after the other, and holds the weights of its stage alone.
-        share_decoding: Whether the ranks share out the decoding of a video's frames (Stable Video Diffusion); then all
-            of them must call `pipe.decode_latents`, where it is called outside of the pipeline.
+        share_decoding: Whether the ranks share out the decoding of a video's frames, in chunks of `decode_chunk_size`
+            (Stable Video Diffusion, AnimateDiff); then all of them must call `pipe.decode_latents`, where it is called
+            outside of the pipeline.
         simulate: Plays all ranks in this process, to see a layout's quality without its speed.
         scheduler: The scheduler that steps the latents, for a bare denoiser.
         timeout: How long to wait for another rank's message; None leaves it to the process group.

@@ -14,6 +14,8 @@ import torch
 from asyncdiff_pl.parallel.exchange import Exchange
 
 _METHOD = "decode_latents"
+_CHUNK = "decode_chunk_size"
+_COUNT = "num_frames"
 
 
 class SharedDecoding:
@@ -36,6 +38,7 @@ class SharedDecoding:
         self._num_ranks = num_ranks
         self._own = vars(pipe).get(_METHOD)
         self._method = getattr(pipe, _METHOD)
+        self._signature = inspect.signature(self._method)
         # bound once, so that it can be told from what others put in its place
         self._shared = self._decode
         setattr(pipe, _METHOD, self._shared)
@@ -49,20 +52,16 @@ class SharedDecoding:
         else:
             setattr(self._pipe, _METHOD, self._own)
 
-    def _decode(self, latents: torch.Tensor, num_frames: int, decode_chunk_size: int = 14) -> torch.Tensor:
-        """Decodes videos.
-
-        Args:
-            latents: [videos, frames, channels, height, width].
-            num_frames: Frames of each video.
-            decode_chunk_size: Frames that are decoded at a time, over the borders of videos.
-
-        Returns:
-            [videos, channels, frames, height, width] in float32, on every rank.
-        """
-        chunks = latents.flatten(0, 1).split(decode_chunk_size)
+    def _decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Takes the method's arguments; gives [videos, channels, frames, height, width] in float32, on all ranks."""
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        latents = self._frames_second(given["latents"])
+        # without a size all are decoded at once
+        chunks = latents.flatten(0, 1).split(given[_CHUNK] or latents.shape[:2].numel())
         if len(chunks) == 1:
-            return self._method(latents, num_frames, decode_chunk_size)
+            return self._method(**given)
         config, scale = self._pipe.vae.config, self._pipe.vae_scale_factor
         height, width = (scale * size for size in latents.shape[-2:])
         frames = [
@@ -71,14 +70,20 @@ class SharedDecoding:
         ]
         # all of its own first: a message in between would hold up what can be computed at once
         for at in range(self._rank, len(chunks), self._num_ranks):
-            decoded = self._method(chunks[at][None], len(chunks[at]), decode_chunk_size)
+            own = {"latents": self._frames_second(chunks[at][None]), _COUNT: len(chunks[at])}
+            decoded = self._method(**given | {name: value for name, value in own.items() if name in given})
             frames[at].copy_(decoded[0].transpose(0, 1))
         for at, tensor in enumerate(frames):
             self._exchange.broadcast([tensor], at % self._num_ranks)
-        return torch.cat(frames).unflatten(0, (-1, num_frames)).transpose(1, 2)
+        return torch.cat(frames).unflatten(0, latents.shape[:2]).transpose(1, 2)
+
+    def _frames_second(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents with frames before channels, where the pipeline has them behind; and the reverse."""
+        return latents if _COUNT in self._signature.parameters else latents.transpose(1, 2)
 
 
 def can_share(pipe: Any) -> bool:
-    """Whether a pipeline decodes chunks of frames in a method of its own, as SVD's does."""
+    """Whether a pipeline decodes frames in chunks, in a method of its own, as SVD's and AnimateDiff's do."""
     method = getattr(pipe, _METHOD, None)
-    return method is not None and {"num_frames", "decode_chunk_size"} <= inspect.signature(method).parameters.keys()
+    # a further argument could be about all frames
+    return method is not None and set(inspect.signature(method).parameters) - {_COUNT} == {"latents", _CHUNK}

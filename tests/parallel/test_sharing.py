@@ -29,6 +29,12 @@ def decode_all(pipe):
     return [pipe.decode_latents(latents_of(videos, frames), frames, chunk) for videos, frames, chunk in VIDEOS]
 
 
+def film_all(pipe):
+    """AnimateDiff has frames behind channels."""
+    latents = [latents_of(videos, frames).transpose(1, 2) for videos, frames, _ in VIDEOS]
+    return [pipe.decode_latents(x, chunk) for x, (_, _, chunk) in zip(latents, VIDEOS, strict=True)]
+
+
 def count_frames(pipe):
     """Frames that this process decodes, chunk by chunk."""
     decode, counts = pipe.vae.decode, []
@@ -56,6 +62,16 @@ def play(rank, folder, settings, expected, counts):
     assert own == [2, 2, 1, 2, 2, 2, 4, 2, 1]
 
 
+def play_film(rank, expected, counts):
+    pipe = Sample("animatediff").pipe
+    own = count_frames(pipe)
+    handle = parallelize(pipe, share_decoding=True, stages=2)
+    for found, whole in zip(film_all(pipe), expected, strict=True):
+        assert torch.equal(found, whole)
+    assert own == counts[rank]
+    handle.remove()
+
+
 @pytest.mark.parametrize(
     ("settings", "counts"),
     [
@@ -71,8 +87,12 @@ def test_ranks_decode_chunks_to_the_bit(small_svd, settings, counts):
     run_ranks(len(counts), play, small_svd, settings, expected, counts)
 
 
+def test_ranks_decode_frames_of_other_pipelines_to_the_bit():
+    run_ranks(2, play_film, film_all(Sample("animatediff").pipe), [[2, 1, 2, 2, 4, 2], [2, 2, 4, 1]])
+
+
 def test_only_chunks_of_frames_are_shared(small_svd):
     assert can_share(load(small_svd))
+    assert can_share(Sample("animatediff").pipe)
     assert not can_share(Sample("sd15").pipe)
-    assert not can_share(Sample("animatediff").pipe)
     assert not can_share(Sample("flux").denoiser)
