@@ -1,5 +1,6 @@
 """Timesteps on the CPU: real schedulers on a device where waiting raises (far_device.py)."""
 
+import contextlib
 import copy
 import inspect
 
@@ -212,14 +213,15 @@ def test_other_networks_get_the_timestep_beside_their_input_too():
 def test_another_steps_timestep_in_the_pipelines_form(form, halved):
     """As time shift and stride 2 give it, in halves of the guidance batch as well; without waiting, to the bit."""
 
-    def run(put):
+    def run(put, watch=contextlib.nullcontext):
         house, found = House(build("DDIMScheduler")), []
         whole = house.denoiser.forward
 
         def forward(sample, timestep, timestep_cond=None):
             if house.trajectory.position == 2:
                 half = timestep.chunk(2)[0] if halved and timestep.numel() > 1 else timestep
-                found.append(with_timestep(whole, (sample, half), {}, house.trajectory, 1)[0][1])
+                with watch():
+                    found.append(with_timestep(whole, (sample, half), {}, house.trajectory, 1)[0][1])
             return whole(sample, timestep)
 
         house.denoiser.forward = forward
@@ -231,9 +233,8 @@ def test_another_steps_timestep_in_the_pipelines_form(form, halved):
 
     expected, of_pipeline = run(lambda x: x)
     assert torch.equal(expected, of_pipeline[: len(expected)] if expected.ndim else of_pipeline)
-    with FarDevice(watched=True) as device:
-        device.is_watched = False
-        found = run(device.put)[0]
+    with FarDevice() as device:
+        found = run(device.put, device.watch)[0]
     assert isinstance(found, Far)
     assert found.dtype == expected.dtype
     assert torch.equal(near(found), expected)
