@@ -9,6 +9,7 @@ Source: CUDA graphs in PyTorch's notes on CUDA semantics.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeVar
 
@@ -80,6 +81,7 @@ class CudaRecorder:
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     result = run()
             except RuntimeError as error:
+                self._recover()
                 raise CannotCapture(f"a step could not be recorded ({_first_error(error)})") from error
         self._num_alive += 1
         return _CudaRecording(graph, self), result
@@ -90,6 +92,14 @@ class CudaRecorder:
         if self._num_alive == 0:
             # memory of the last graph is given back in time of its own, and the handle with it
             self._pool = torch.cuda.graph_pool_handle()
+
+    def _recover(self) -> None:
+        """Has torch's random numbers drawn outside of graphs again: a broken capture leaves them in it until 2.12."""
+        torch.cuda.synchronize(self.device)
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                torch.zeros(1, device=self.device)
 
 
 class _CudaRecording:
