@@ -98,7 +98,7 @@ def choose_layout(
         example_call: Gives a denoiser on the meta device and the arguments of one call; None if they are not known.
         steps: For each step count of the run its steps and how many of them are exact.
         device: Where the denoiser computes.
-        denoiser: The denoiser itself, to be measured on the device; None counts operations.
+        denoiser: The denoiser itself, to be measured on the device, not compiled; None counts operations.
 
     Raises:
         ValueError: No layout of so many ranks is possible.

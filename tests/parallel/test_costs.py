@@ -15,7 +15,7 @@ from asyncdiff_pl import parallelize
 from asyncdiff_pl.parallel.stages import costs, stopwatch
 from asyncdiff_pl.parallel.stages.costs import measure
 from asyncdiff_pl.parallel.stages.cut import cut_names, find_cut, resolve_cut
-from asyncdiff_pl.parallel.stages.stopwatch import Clock
+from asyncdiff_pl.parallel.stages.stopwatch import Clock, repeats
 from asyncdiff_pl.parallel.stages.units import meta_twin, trace
 
 NAME = "sd21"
@@ -121,6 +121,11 @@ def test_the_median_of_three_runs_counts(monkeypatch):
     runs = []
     assert Clock()("unit", lambda: runs.append(1)) == 50
     assert len(runs) == 3
+
+
+@pytest.mark.parametrize(("ms", "times"), [(0.0, 20), (0.1, 20), (0.5, 10), (2.0, 2), (40.0, 1)])
+def test_short_units_run_several_times_in_a_recording(ms, times):
+    assert repeats(ms) == times
 
 
 def test_the_clock_sees_a_slow_unit():

@@ -18,14 +18,14 @@ import torch
 ROUNDS = 10
 """Replays on a GPU; their median counts."""
 
-LONG_ENOUGH_MS = 1.0
+LONG_ENOUGH_MS = 5.0
 """How long a replay should take at least, so that its launch does not count: short units run in it several times."""
-
-EFFICIENCY = 0.3
-"""Share of a large matrix product's rate that denoisers reach in eager mode: SVD 0.32, SDXL 0.28 on an H200."""
 
 MOST_TIMES = 20
 """How often at most."""
+
+EFFICIENCY = 0.3
+"""Share of a large matrix product's rate that denoisers reach in eager mode: SVD 0.32, SDXL 0.28 on an H200."""
 
 
 class Stopwatch(Protocol):
@@ -67,7 +67,7 @@ class GraphClock:
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             # before a recording, libraries must have set themselves up for the stream
             run()
-            times = max(1, min(MOST_TIMES, round(LONG_ENOUGH_MS / max(self._time(run, 1), 1e-3))))
+            times = repeats(self._time(run, 1))
             try:
                 replay = self._record(run, times)
             except RuntimeError as error:
@@ -82,7 +82,9 @@ class GraphClock:
         graph = torch.cuda.CUDAGraph()
         self._stream.synchronize()
         # `torch.cuda.graph` would empty the allocator's cache each time; threads of NCCL may go on
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        with torch.inference_mode(False):
+            # what it notes of the random state must be writable to later recordings in any mode
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             for _ in range(times):
                 run()
@@ -110,6 +112,15 @@ class GraphClock:
                 stacklevel=2,
             )
         self._has_warned = True
+
+
+def repeats(ms: float) -> int:
+    """How often a run is recorded in a row.
+
+    Args:
+        ms: Milliseconds of one run with its launches.
+    """
+    return max(1, min(MOST_TIMES, round(LONG_ENOUGH_MS / max(ms, 1e-3))))
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
