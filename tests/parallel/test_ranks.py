@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler
 from fake_graph import FakeRecorder, captured
 from pipeline_scenarios import PIPELINES
 from ranks import run_ranks
+from torch.utils._pytree import tree_map
 from traces import known_traces, shared_traces, take_traces
 
 from asyncdiff_pl.parallel import WarmUp, parallelize
@@ -177,6 +178,15 @@ def relay_in_inference_mode(simulate):
         return [latents.clone() for latents in sample("sd21", simulate, steps=4, **in_relay(simulate, stages=2))]
 
 
+def relay_in_half_precision(simulate):
+    denoiser, scheduler, sampler = build("svd").to(torch.bfloat16), ddim(), Sampler("svd")
+    sampler.latents, sampler.condition, sampler.kwargs = tree_map(
+        lambda tensor: tensor.to(torch.bfloat16), (sampler.latents, sampler.condition, sampler.kwargs)
+    )
+    parallelize(denoiser, simulate=simulate, scheduler=scheduler, **in_relay(simulate, stages=2))
+    return [sampler(denoiser, scheduler, 4)]
+
+
 def relay_over_three(simulate):
     settings = in_relay(simulate, stages=3, warm_up=2, refresh_every=3)
     return [latents for name in ("sdxl", "svd") for latents in sample(name, simulate, **settings)]
@@ -257,6 +267,7 @@ SCENARIOS = {
         relay_of_two_calls_a_step,
         relay_before_writing_in_place,
         relay_in_inference_mode,
+        relay_in_half_precision,
         recorded_in_two,
         recorded_changes,
         recorded_two_calls_a_step,
