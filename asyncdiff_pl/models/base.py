@@ -299,6 +299,7 @@ class DiffusionPredictor(LightningModule):
                 self.add_module(name, part.requires_grad_(False).eval())
         self._pipeline = pipeline
         self._trajectory = Trajectory(denoiser_of(pipeline), lambda: pipeline.scheduler)
+        # as long as there is the pipeline
         HostSide(pipeline, denoiser_of(pipeline), self._trajectory)
 
     # -- a batch ------------------------------------------------------------------------------------------------

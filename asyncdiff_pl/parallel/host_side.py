@@ -2,6 +2,11 @@
 
 The rest of a pipeline stays diffusers' own. A pipeline whose guidance scale is a tensor, one number a frame, asks the
 GPU twice a step whether it guides at all; here it asks when the scale is set.
+
+What still waits within a loop, out of reach or by its nature: DiT's pipeline, which uploads each timestep itself;
+inpainting with a denoiser of 4 channels, which makes noise of each step's level; `FlowMatchHeunDiscreteScheduler`,
+which compares with a table on the GPU; schedulers that are not of diffusers, as they are written; `until_drift`, since
+the CPU decides, while warm-up lasts; and, once a sample each, the comparison of the ranks' inputs and of their latents.
 """
 
 from __future__ import annotations
