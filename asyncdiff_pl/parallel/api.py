@@ -170,7 +170,8 @@ def parallelize(
         balance: What a found cut balances: "operations", counted, or "measured" times of the denoiser's units on this
             device, which are kept on disk.
         warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage,
-            one after the other, and holds the weights of its stage alone.
+            one after the other, and holds the weights of its stage alone. The others' never get onto a GPU if the
+            denoiser is brought there after this call, not before.
         share_decoding: Whether the ranks share out the decoding of a video's frames, in chunks of `decode_chunk_size`
             (Stable Video Diffusion, AnimateDiff); then all of them must call `pipe.decode_latents`, where it is called
             outside of the pipeline.

@@ -130,6 +130,9 @@ def test_what_asks_for_weights_is_answered():
     assert [(name, weight.shape, weight.dtype, weight.device) for name, weight in denoiser.named_parameters()] == shapes
     assert (denoiser.device, denoiser.dtype, denoiser.num_parameters()) == answers
     assert fingerprint(denoiser) == fingerprint(denoiser) != before
+    # as when the whole pipeline is brought to where it computes
+    there = held(denoiser)
+    assert held(denoiser.to("cpu")) == there
 
 
 def test_saved_weights_are_the_weights(tmp_path):

@@ -70,6 +70,9 @@ class Placement:
                         self._take_away(weight)
             for weight in own & set(self._kept):
                 weight.data = self._kept.pop(weight).to(self.device)
+        if self.device.type == "cuda":
+            # what weights took that were there before is for activations and for others
+            torch.cuda.empty_cache()
 
     def remove(self) -> None:
         """Gives all weights back, each where it was."""
