@@ -24,6 +24,8 @@ class Stream:
     """One of the denoiser calls that a step makes: it has its own stale values."""
 
     signature: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the denoiser computes."""
     begins: int = 0
     """Step at which its warm-up began."""
     span: Span = field(default_factory=lambda: Span(1, None))

@@ -13,27 +13,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
-from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
+from asyncdiff_pl.parallel.guidance import find_latents, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
-from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
+from asyncdiff_pl.parallel.stages.call import Stream
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
 from asyncdiff_pl.parallel.stages.hooks import install, uninstall
 from asyncdiff_pl.parallel.stages.phases import Inputs, Made, Phase, number_format
 from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.recordings import Recordings
-from asyncdiff_pl.parallel.stages.relay import RelayWorker, check_formats, relay_order, traced_likes
+from asyncdiff_pl.parallel.stages.relay import traced_likes
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.settings import Settings
+from asyncdiff_pl.parallel.stages.steps import Steps
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
 from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, split_modules
-from asyncdiff_pl.parallel.stages.worker import Worker, make_workers
+from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
-from asyncdiff_pl.parallel.warm_up import Drift, Span, WarmUp, is_still, noise_levels, span_of
+from asyncdiff_pl.parallel.warm_up import Span, WarmUp, is_still, noise_levels, span_of
 
 
 class StagePipeline(TrajectoryListener):
@@ -59,10 +60,6 @@ class StagePipeline(TrajectoryListener):
         self.trajectory = trajectory
         self.settings = settings
         self.exchange = exchange
-        layout = settings.layout
-        self.half, self.rank = coordinates
-        self.halves = [self.half] if exchange else list(range(layout.cfg))
-        self.ranks = [self.rank] if exchange else list(range(layout.stage_ranks))
         self.program: Program | None = None
         """Graph and cut of the first denoiser call of a step; None before it."""
         self.asynchronous_steps = 0
@@ -79,8 +76,8 @@ class StagePipeline(TrajectoryListener):
         self._set_aside: dict[int, Stream] = {}
         self._forward = denoiser.forward
         self.recordings = Recordings(denoiser, self._forward, exchange, settings.capture)
+        self._steps = Steps(settings.layout, exchange, coordinates, lambda: self.recordings.are_made)
         self._twin = meta_twin(denoiser)
-        self._active: StageCall | None = None
         containers, pieces = split_modules(denoiser)
         if settings.layout.stages == 1 and settings.compile != "blocks":
             # nothing is decided below the denoiser, which may be compiled as a whole
@@ -150,7 +147,7 @@ class StagePipeline(TrajectoryListener):
     def _run_denoiser(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_whole = self._is_without_guidance(args, kwargs)
         # without guidance both groups compute the same; one process that plays them computes it once
-        halves_here = self.halves[:1] if is_whole else self.halves
+        halves_here = self._steps.halves[:1] if is_whole else self._steps.halves
         inputs = [self._half_of(is_whole, args, kwargs, half) for half in halves_here]
         stream = self._prepare(is_whole, inputs[0])
         step = self.trajectory.position - stream.begins
@@ -212,54 +209,22 @@ class StagePipeline(TrajectoryListener):
             self.exact_steps += 1
         if plan.fills or self._placement is not None:
             for worker in stream.all_workers:
-                worker.restart(number_format(self._device))
+                worker.restart(number_format(stream.device))
         # only steps of one warm-up are compared: what is there before it is another sample's
         is_compared = plan.fills and stream.warm_up is None and step > 0 and step + 1 >= stream.span.fewest
         phase = Phase("fill" if plan.fills else "relay" if self._placement else "exact", is_compared)
-        made = self._run_phase(
-            stream, phase, inputs, lambda given: self._compute_exact(stream, plan, call, given, is_compared)
-        )
+        steps, position = self._steps, self.trajectory.position
+
+        def compute(given: list[Inputs]) -> Made:
+            if self._placement is not None:
+                return steps.in_relay(stream, plan, call, given[0], position)
+            return steps.exact(stream, plan, call, given, is_compared)
+
+        made = self._run_phase(stream, phase, inputs, compute)
         self._end_warm_up(stream, step, made.drift)
         if step + 1 == stream.warm_up or (plan.fills and stream.warm_up is not None):
-            self._last_exact = self.trajectory.position
+            self._last_exact = position
         return made.estimate
-
-    def _compute_exact(
-        self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: list[Inputs], is_compared: bool
-    ) -> Made:
-        if self._placement is not None:
-            return self._compute_in_relay(stream, plan, call, inputs[0])
-        layout = self.settings.layout
-        drift = Drift(layout.pipeline_ranks, self._device) if is_compared else None
-        halves = []
-        for at, (args, kwargs) in enumerate(inputs):
-            if plan.fills:
-                first_rank = self.halves[at] * layout.stage_ranks
-                stage_call = StageCall(stream, at, self._device, drift=drift, first_rank=first_rank)
-                result = self._run_in(stage_call, call, args, kwargs)
-            else:
-                result = call(*args, **kwargs)
-            halves.append(_note_result(stream, result))
-        if self.exchange is not None and layout.cfg == 2 and not stream.is_whole:
-            halves = self.exchange.gather_halves(halves[0])
-        return Made(join_halves(halves), drift=drift.sums() if drift else None)
-
-    def _compute_in_relay(self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: Inputs) -> Made:
-        """Runs this rank's stage of an exact step, with what the other ranks make in the same."""
-        assert self.exchange is not None and stream.program is not None
-        check_formats(self._device)
-        worker = RelayWorker(stream.all_workers[0], plan.fills)
-        self.exchange.begin(worker, relay_order(stream.program.messages), self.trajectory.position)
-        stage_call = StageCall(stream, 0, self._device, worker, sends=True)
-        made = _note_result(stream, self._run_in(stage_call, call, *inputs))
-        self.exchange.finish()
-        worker.finish()
-        if self.recordings.are_made:
-            stream.join()
-        output_rank = stream.program.boundary.output_stage
-        estimate, _ = self._estimates(stream, StepPlan(estimate_from=output_rank), {(0, output_rank): made})
-        # traffic is that of asynchronous steps
-        return Made(estimate)
 
     def _end_warm_up(self, stream: Stream, step: int, drift: torch.Tensor | None) -> None:
         """Decides, alike on all ranks, whether a warm-up whose end was not known is over with this step."""
@@ -292,63 +257,15 @@ class StagePipeline(TrajectoryListener):
             estimate_from=plan.estimate_from,
             parity=stream.all_workers[0].parity,
         )
+        steps, position = self._steps, self.trajectory.position
         made = self._run_phase(
-            stream, phase, given, lambda given: self._compute_stages(stream, plan, call, turns, given)
+            stream, phase, given, lambda given: steps.asynchronous(stream, plan, call, turns, given, position)
         )
         if plan.exchanges:
             for worker in [worker for half in stream.workers[: len(inputs)] for worker in half]:
                 worker.turn_over()
         stream.ahead = made.ahead
         return made.estimate
-
-    def _compute_stages(
-        self,
-        stream: Stream,
-        plan: StepPlan,
-        call: Callable[..., Any],
-        turns: list[tuple[int, Worker]],
-        inputs: list[Inputs],
-    ) -> Made:
-        assert stream.program is not None
-        made: dict[tuple[int, int], list[torch.Tensor]] = {}
-        sent_before = stream.sent_bytes
-        for (at, worker), (args, kwargs) in zip(turns, inputs, strict=True):
-            exchange = stream.exchanges[at]
-            if plan.exchanges:
-                exchange.begin(worker, stream.program.messages, self.trajectory.position)
-            stage_call = StageCall(stream, at, self._device, worker, plan.exchanges)
-            result = self._run_in(stage_call, call, args, kwargs)
-            if plan.exchanges:
-                exchange.finish()
-            if worker.stage == stream.program.boundary.output_stage:
-                made[at, worker.rank] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if self.recordings.are_made:
-            stream.join()
-        estimate, ahead = self._estimates(stream, plan, made)
-        return Made(estimate, ahead, sent_bytes=stream.sent_bytes - sent_before)
-
-    def _estimates(
-        self, stream: Stream, plan: StepPlan, made: dict[tuple[int, int], list[torch.Tensor]]
-    ) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
-        """The noise estimate of this step on every rank, and what was made of the next one's here, in halves."""
-        assert stream.program is not None and stream.result is not None
-        layout, output_rank = self.settings.layout, stream.program.boundary.output_stage
-        computed = range(1 if stream.is_whole else len(self.halves))
-        # with a stride the output stage's rank has made the next step's
-        ahead = [made.get((at, output_rank), []) for at in computed] if layout.stride > 1 else []
-        halves = [made.get((at, plan.estimate_from), []) if plan.is_new else stream.ahead[at] for at in computed]
-        if self.exchange is None:
-            return join_halves(halves), ahead
-        own, halves = halves[0], []
-        for half in range(1 if stream.is_whole else layout.cfg):
-            if half == self.half and plan.estimate_from == self.rank:
-                tensors = [tensor.contiguous() for tensor in own]
-            else:
-                likes = [leaf for leaf in stream.result[0] if isinstance(leaf, torch.Tensor)]
-                tensors = [torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device) for leaf in likes]
-            self.exchange.broadcast(tensors, half * layout.stage_ranks + plan.estimate_from)
-            halves.append(tensors)
-        return join_halves(halves), ahead
 
     def _run_phase(
         self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Callable[[list[Inputs]], Made]
@@ -387,11 +304,11 @@ class StagePipeline(TrajectoryListener):
                 f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
                 stacklevel=2,
             )
-        self._device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
         stream = self._turn_to(stream, signature)
         stream.begins, stream.next_position = position, position + 1
         if stream.signature != signature:
             stream.signature, stream.is_whole = signature, is_whole
+            stream.device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
             self._fit_out(stream, inputs)
         if self.trajectory.call == 0 and stream.program is not None:
             self.program = stream.program
@@ -416,14 +333,14 @@ class StagePipeline(TrajectoryListener):
         """Gives a kind of inputs its program and its buffers."""
         self.trajectory.has_one_time_work |= stream.signature not in self._met
         self._met.add(stream.signature)
-        self.recordings.begin(stream, self._device)
+        self.recordings.begin(stream, stream.device)
         if self._compiled is not None:
-            self._compiled.prepare(self._device)
+            self._compiled.prepare(stream.device)
         if self.settings.layout.stages > 1:
             self._cut_into_stages(stream, inputs)
         if self._compiled is not None and self._placement is not None:
             # the stage's weights are here by now
-            self._compiled.prepare(self._device)
+            self._compiled.prepare(stream.device)
         # they may have another layout or place
         self.recordings.look_again()
 
@@ -437,13 +354,13 @@ class StagePipeline(TrajectoryListener):
             )
         stream.program = self._programs[stream.signature]
         layout, boundary = self.settings.layout, stream.program.boundary
-        stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
+        stream.workers = [make_workers(self._steps.ranks, layout.stages, boundary) for _ in self._steps.halves]
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
         if self._placement is not None:
             worker = stream.all_workers[0]
             self._placement.place(stream.program, worker.stage)
             stream.likes = traced_likes(stream.program.graph.values)
-            worker.prepare(stream.likes, self._device)
+            worker.prepare(stream.likes, stream.device)
 
     @property
     def _cut(self) -> Sequence[Sequence[str]] | None:
@@ -460,29 +377,15 @@ class StagePipeline(TrajectoryListener):
 
     # -- modules ------------------------------------------------------------------------------------------------
 
-    def _run_in(
-        self, stage_call: StageCall, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self._active = stage_call
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._active = None
-
     def _run_piece(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._compiled is not None:
             call = self._compiled.wrap(name, call)
-        return self._active.run_piece(name, call, args, kwargs) if self._active else call(*args, **kwargs)
+        active = self._steps.active
+        return active.run_piece(name, call, args, kwargs) if active else call(*args, **kwargs)
 
     def _run_container(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._active.run_container(name, call, args, kwargs) if self._active else call(*args, **kwargs)
-
-
-def _note_result(stream: Stream, result: Any) -> list[torch.Tensor]:
-    """Remembers what a call's result is like, and gives the tensors in it."""
-    leaves, spec = tree_flatten(result)
-    stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        active = self._steps.active
+        return active.run_container(name, call, args, kwargs) if active else call(*args, **kwargs)
 
 
 def _into(tensors: list[torch.Tensor], leaves: list[Any]) -> list[Any]:
