@@ -12,13 +12,13 @@ from diffusers import UNet2DConditionModel
 
 from asyncdiff_pl.parallel import Layout
 from asyncdiff_pl.parallel.fingerprint import fingerprint
-from asyncdiff_pl.parallel.stages.placement import Placement
+from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.relay import RelayWorker, check_formats, relay_order
 from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import Worker
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU, META, GPU = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 3)
 
 
 @functools.cache
@@ -110,6 +110,16 @@ def test_a_rank_holds_its_own_stage_and_what_belongs_to_none(stage):
     assert held(denoiser) == everything - units | owned(denoiser, stage) < everything
     weights = dict(denoiser.named_parameters())
     assert all(weights[name].isnan().all() for name in everything - held(denoiser))
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"), [("cpu:gloo,cuda:gloo", CPU), ("cuda:nccl", GPU), ("cpu:gloo,cuda:nccl", GPU)]
+)
+def test_where_a_rank_computes(backends, device, monkeypatch):
+    """On its GPU, even if the denoiser has not been brought there."""
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: backends)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    assert device_of_rank(build("sd21")) == device
 
 
 def test_another_resolution_moves_no_weight():

@@ -120,8 +120,8 @@ def left_behind(whole: nn.Module, part: nn.Module) -> Iterator[None]:
 def device_of_rank(denoiser: nn.Module) -> torch.device:
     """Where a rank computes: where its denoiser is, or on this process's GPU if that is to be brought there yet."""
     device = next(denoiser.parameters()).device
-    # what travels over NCCL is on a GPU
-    if device.type == "cpu" and dist.get_backend() == "nccl":
+    # ranks with NCCL have a GPU each, and boundary tensors travel from there
+    if device.type == "cpu" and "nccl" in dist.get_backend_config():
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
