@@ -108,6 +108,8 @@ def test_no_stage_waits(name, settings, monkeypatch):
             return make(*args, **kwargs)
 
     monkeypatch.setattr(Program, "make", traced)
+    # autocast knows nothing of this device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     sample = sample_on(name, FarDevice())
     handle = parallelize(sample.pipe, simulate=True, **settings)
     with on_device(sample.pipe):
