@@ -17,7 +17,7 @@ from asyncdiff_pl.parallel.search import name_of
 from asyncdiff_pl.parallel.stages.placement import left_behind
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
 from asyncdiff_pl.strategies.base import GroupStrategy
-from asyncdiff_pl.strategies.layout_choice import Choice, choose_layout, kept_layout
+from asyncdiff_pl.strategies.layout_choice import Choice, choose_layout, kept_layout, possible_layouts
 
 FEW_STEPS = 8
 """Denoising steps that few-step models (Turbo, LCM, Lightning) take at most."""
@@ -107,6 +107,8 @@ class AsyncDiffStrategy(GroupStrategy):
                 f"AsyncDiffStrategy runs modules that have a diffusers `pipeline`, and {type(module).__name__} has "
                 "none: subclass DiffusionPredictor, or take another strategy."
             )
+        if self.layout == "auto":
+            possible_layouts(self.ranks_per_group, getattr(module, "is_guided", None), self._allows)
         if self.cfg == 2 and getattr(module, "is_guided", None) is False:
             raise ValueError(
                 "cfg 2 halves the guidance batch, but guidance is off: turn it on (a guidance scale above 1) where the "

@@ -80,6 +80,26 @@ def kept_layout(kept: Mapping[str, Any]) -> Layout:
     return Layout(kept["stages"], kept["stride"], kept["cfg"])
 
 
+def possible_layouts(num_ranks: int, is_guided: bool | None, allows: Callable[[Layout], bool]) -> list[Layout]:
+    """The layouts among which one is chosen.
+
+    Args:
+        num_ranks: Ranks that work on one sample.
+        is_guided: Whether there is a guidance batch; None if that is not known.
+        allows: Whether the other settings go with a layout.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [layout for layout in candidates(num_ranks, is_guided) if allows(layout)]
+    if not found:
+        raise ValueError(
+            f"layout auto finds no layout of {num_ranks} ranks for this model and these settings: start another "
+            "number of devices, or take layout fixed with stages and cfg."
+        )
+    return found
+
+
 def choose_layout(
     num_ranks: int,
     is_guided: bool | None,
@@ -103,12 +123,7 @@ def choose_layout(
     Raises:
         ValueError: No layout of so many ranks is possible.
     """
-    found = [layout for layout in candidates(num_ranks, is_guided) if allows(layout)]
-    if not found:
-        raise ValueError(
-            f"layout auto finds no layout of {num_ranks} ranks for this model and these settings: start another "
-            "number of devices, or take layout fixed with stages and cfg."
-        )
+    found = possible_layouts(num_ranks, is_guided, allows)
     if len(found) == 1:
         return Choice(found[0], f"{name_of(found[0])} is the only layout that fits.", "the number of ranks")
     example = example_call()

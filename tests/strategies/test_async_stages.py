@@ -305,7 +305,10 @@ def test_a_layout_for_an_unknown_model():
 
 def test_too_many_devices_for_one_sample(tiny):
     with pytest.raises(ValueError, match=r"finds no layout of 9 ranks for this model .*: start another number of"):
-        chosen(tiny(), 9)
+        over(AsyncDiffStrategy(layout="auto"), 9).check_module(tiny())
+    over(AsyncDiffStrategy(layout="auto"), 10).check_module(tiny())
+    with pytest.raises(ValueError, match="finds no layout of 1 ranks"):
+        over(AsyncDiffStrategy(layout="auto", warm_up_mode="relay"), 1).check_module(tiny())
 
 
 @pytest.mark.parametrize(("devices", "layout"), [(4, Layout(4)), (3, Layout(3))])
