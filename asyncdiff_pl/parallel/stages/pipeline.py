@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
-from asyncdiff_pl.parallel.guidance import find_latents, split_batch
+from asyncdiff_pl.parallel.guidance import Halves
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import Stream
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
@@ -30,6 +30,7 @@ from asyncdiff_pl.parallel.stages.relay import traced_likes
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.settings import Settings
 from asyncdiff_pl.parallel.stages.steps import Steps
+from asyncdiff_pl.parallel.stages.streams import Streams
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
 from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
@@ -69,14 +70,13 @@ class StagePipeline(TrajectoryListener):
         self.sent_bytes = 0
         """Bytes of boundary tensors that this process has sent so far."""
         self._last_exact: int | None = None
-        self._first_batch = 0
         self._programs: dict[Any, Program] = {}
         self._met: set[Any] = set()
-        self._streams: dict[int, Stream] = {}
-        self._set_aside: dict[int, Stream] = {}
+        self._streams = Streams()
         self._forward = denoiser.forward
         self.recordings = Recordings(denoiser, self._forward, exchange, settings.capture)
         self._steps = Steps(settings.layout, exchange, coordinates, lambda: self.recordings.are_made)
+        self._halves = Halves(self._forward, settings.layout.cfg)
         self._twin = meta_twin(denoiser)
         containers, pieces = split_modules(denoiser)
         if settings.layout.stages == 1 and settings.compile != "blocks":
@@ -114,16 +114,15 @@ class StagePipeline(TrajectoryListener):
 
     def reset(self) -> None:
         """Forgets the sample in work, with all stale values."""
-        if not self.recordings.are_made:
-            self._drop()
-            return
-        for stream in self._streams.values():
+        if self.recordings.are_made:
             # recordings know the buffers by their place
-            stream.join()
+            self._streams.join()
+        else:
+            self._streams.drop()
 
     def remove(self) -> None:
         """Gives the denoiser back as it was."""
-        self._drop()
+        self._streams.drop()
         self.trajectory.unsubscribe(self)
         uninstall(self.denoiser)
         if self._compiled is not None:
@@ -136,19 +135,17 @@ class StagePipeline(TrajectoryListener):
     def on_sample_begin(self, trajectory: Trajectory) -> None:
         """Begins warm-up anew."""
         self.exact_steps, self._last_exact = 0, None
-        for stream in (*self._streams.values(), *self._set_aside.values()):
-            stream.next_position = None
-            if stream.phases is not None:
-                stream.phases.begin_sample()
+        self._streams.begin_sample()
         self.recordings.look_again()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
     def _run_denoiser(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_whole = self._is_without_guidance(args, kwargs)
+        is_first = self.trajectory.position == self.trajectory.call == 0
+        is_whole = self._halves.are_one(args, kwargs, is_first)
         # without guidance both groups compute the same; one process that plays them computes it once
         halves_here = self._steps.halves[:1] if is_whole else self._steps.halves
-        inputs = [self._half_of(is_whole, args, kwargs, half) for half in halves_here]
+        inputs = [(args, kwargs) if is_whole else self._halves(args, kwargs, half) for half in halves_here]
         stream = self._prepare(is_whole, inputs[0])
         step = self.trajectory.position - stream.begins
         num_steps = self.trajectory.num_steps - stream.begins
@@ -162,20 +159,6 @@ class StagePipeline(TrajectoryListener):
             estimate = self._asynchronous(stream, plan, call, inputs)
         assert stream.result is not None
         return tree_unflatten(_into(estimate, stream.result[0]), stream.result[1])
-
-    def _is_without_guidance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call has no guidance batch, unlike the sample's first: guidance ended, or never belonged to it."""
-        if self.settings.layout.cfg == 1:
-            return False
-        batch = find_latents(self._forward, args, kwargs).shape[0]
-        if self.trajectory.position == self.trajectory.call == 0:
-            self._first_batch = batch
-        return 2 * batch == self._first_batch
-
-    def _half_of(self, is_whole: bool, args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Inputs:
-        if self.settings.layout.cfg == 1 or is_whole:
-            return args, kwargs
-        return split_batch(self._forward, args, kwargs, half)
 
     def _plan(self, stream: Stream, step: int, num_steps: int) -> StepPlan:
         settings, layout = self.settings, self.settings.layout
@@ -276,18 +259,12 @@ class StagePipeline(TrajectoryListener):
         self.sent_bytes += made.sent_bytes
         return made
 
-    def _drop(self) -> None:
-        for stream in (*self._streams.values(), *self._set_aside.values()):
-            stream.drop()
-        self._streams.clear()
-        self._set_aside.clear()
-
     # -- before the first call of a kind ------------------------------------------------------------------------
 
     def _prepare(self, is_whole: bool, inputs: Inputs) -> Stream:
         """What there is for the call in work: all that belongs to its number in the step and to its inputs' kind."""
         position = self.trajectory.position
-        stream = self._streams.setdefault(self.trajectory.call, Stream())
+        stream = self._streams.of(self.trajectory.call)
         if stream.next_position != position:
             # the sample's first such call, or one after steps without it
             stream.begins = position
@@ -304,7 +281,7 @@ class StagePipeline(TrajectoryListener):
                 f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
                 stacklevel=2,
             )
-        stream = self._turn_to(stream, signature)
+        stream = self._streams.turn_to(self.trajectory.call, signature, self.recordings.are_made)
         stream.begins, stream.next_position = position, position + 1
         if stream.signature != signature:
             stream.signature, stream.is_whole = signature, is_whole
@@ -313,21 +290,6 @@ class StagePipeline(TrajectoryListener):
         if self.trajectory.call == 0 and stream.program is not None:
             self.program = stream.program
         return stream
-
-    def _turn_to(self, stream: Stream, signature: Any) -> Stream:
-        """Changes to another kind of inputs; with recordings, one kind more is kept for those that take turns."""
-        call = self.trajectory.call
-        other = self._set_aside.pop(call, None)
-        if other is not None and (other.signature != signature or not self.recordings.are_made):
-            other.drop()
-            other = None
-        if stream.phases is None or not self.recordings.are_made:
-            stream.drop()
-        else:
-            stream.join()
-            self._set_aside[call] = stream
-        self._streams[call] = other or Stream()
-        return self._streams[call]
 
     def _fit_out(self, stream: Stream, inputs: Inputs) -> None:
         """Gives a kind of inputs its program and its buffers."""
