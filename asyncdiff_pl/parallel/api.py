@@ -164,7 +164,8 @@ def parallelize(
         cfg: 2 gives each half of the guidance batch its own ranks.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU
-            then launches a step at once. Needs an NVIDIA GPU.
+            then launches a step at once. Needs an NVIDIA GPU. What changes in the network (adapters, their scales)
+            counts from the next sample on. `remove` the handle before the process group is destroyed.
         compile: What torch compiles: "none", "blocks" (the repeated blocks, each kind once) or "full" (the whole
             denoiser; 1 stage only).
         balance: What a found cut balances: "operations", counted, or "measured" times of the denoiser's units on this

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,16 @@ def uninstall(denoiser: nn.Module) -> None:
             del module._diffusers_hook
             if vars(module).get("forward") == type(module).forward.__get__(module):
                 del module.forward
+
+
+def with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function; `inspect.signature` need not work out its signature at each call."""
+
+    def same(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    same.__signature__ = inspect.signature(function)
+    return same
 
 
 def is_installed(denoiser: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from asyncdiff_pl.parallel.guidance import Halves
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import Stream
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
-from asyncdiff_pl.parallel.stages.hooks import install, uninstall
+from asyncdiff_pl.parallel.stages.hooks import install, uninstall, with_signature
 from asyncdiff_pl.parallel.stages.phases import Inputs, Made, Phase, number_format
 from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
 from asyncdiff_pl.parallel.stages.program import Program
@@ -73,7 +73,7 @@ class StagePipeline(TrajectoryListener):
         self._programs: dict[Any, Program] = {}
         self._met: set[Any] = set()
         self._streams = Streams()
-        self._forward = denoiser.forward
+        self._forward = with_signature(denoiser.forward)
         self.recordings = Recordings(denoiser, self._forward, exchange, settings.capture)
         self._steps = Steps(settings.layout, exchange, coordinates, lambda: self.recordings.are_made)
         self._halves = Halves(self._forward, settings.layout.cfg)
