@@ -97,9 +97,11 @@ class Compiled:
         self._calls.clear()
 
     def _lay_out(self, weight: nn.Parameter) -> None:
+        if 0 in weight.stride():
+            # it stands for a weight of another rank (placement.py), with one element in memory
+            return
         laid_out = weight.data.to(memory_format=torch.channels_last)
-        # a placeholder of another rank's weight has one element in memory
-        if laid_out.stride() != weight.stride() and 0 not in weight.stride():
+        if laid_out.stride() != weight.stride():
             self._layouts.append((weight, weight.stride()))
             weight.data = laid_out
 

@@ -150,3 +150,11 @@ def test_a_machine_without_compiler_is_told_once_and_goes_on(no_compiler):
 def test_what_a_gpu_needs(has_triton, reason, no_compiler, monkeypatch):
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: has_triton)
     assert reason in why_not(torch.device("cuda"))
+
+
+def test_placeholders_of_other_ranks_weights_stay_small(monkeypatch):
+    monkeypatch.setattr(compiling, "NHWC_DEVICES", ("cpu",))
+    layer = nn.Conv2d(4, 4, 3)
+    layer.weight.data = torch.zeros(1, 1, 1, 1).expand(4, 4, 3, 3)
+    Compiled(layer, {"": layer}).prepare(CPU)
+    assert layer.weight.untyped_storage().nbytes() == 4
