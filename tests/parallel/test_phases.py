@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error:Steps are not captured"),
 ]
 
-STEPS = 7
+STEPS = 6
 LAYOUTS = [
     {},
     {"cfg": 2},
@@ -28,7 +28,7 @@ LAYOUTS = [
     {"stages": 2, "stride": 2, "warm_up": 2},
     {"stages": 2, "stride": 2, "cfg": 2, "warm_up": 1},
     {"stages": 4, "warm_up": 1, "refresh_every": 3},
-    {"stages": 2, "warm_up": WarmUp(until_drift=0.35), "refresh_every": 3},
+    {"stages": 2, "warm_up": WarmUp(until_drift=0.35)},
 ]
 
 
@@ -63,7 +63,7 @@ def check_samples(name, settings, samples=2):
     return recorder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "sd21"])
 def test_replays_give_the_same_bits(name):
     recorder = check_samples(name, {"stages": 2, "warm_up": 2})
     # an exact step, one that fills the buffers, two that read one of the two buffers each, and the last
