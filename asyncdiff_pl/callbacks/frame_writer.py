@@ -1,9 +1,12 @@
-"""Writes what was generated: single frames, animations, and both in TensorBoard."""
+"""Writes what was generated, while the next sample runs: single frames, animations, and both in TensorBoard."""
 
 from __future__ import annotations
 
 import io
+import logging
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -17,6 +20,11 @@ from typing_extensions import override
 from asyncdiff_pl.callbacks.roles import is_leader, log_folder, tensorboard, write_atomically
 from asyncdiff_pl.models.base import Prediction
 
+log = logging.getLogger(__name__)
+
+BATCHES = 2
+"""Batches whose frames are in memory at most, to be written: a slow disk holds the run up then."""
+
 PREVIEW = 512
 """Longest side in pixels of what TensorBoard shows."""
 
@@ -29,6 +37,9 @@ class FrameWriter(Callback):
     A single picture is `<id>.png`; a video is the folder `<id>` with `0000.png` and so on, and `<id>.gif` beside it.
     TensorBoard shows, of rank 0's data group, each sample's conditioning picture, `conditioning/<id>`, and what was
     generated, `generated/<id>`, with the step count as its step: so runs and step counts compare side by side.
+
+    Frames are written in order by a thread of their own, so that the next sample need not wait for the disk. The run
+    ends only when all are written, also where it is stopped; what cannot be written stops the run one batch later.
 
     Args:
         png: Whether the frames are written as pictures.
@@ -52,6 +63,8 @@ class FrameWriter(Callback):
         self.max_tensorboard = max_tensorboard
         self._folder: Path | None = None
         self._shown: set[str] = set()
+        self._thread: ThreadPoolExecutor | None = None
+        self._batches: deque[list[Future[None]]] = deque()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,10 +85,44 @@ class FrameWriter(Callback):
             return
         fps = self.fps or getattr(pl_module, "fps", DEFAULT_FPS)
         writer = tensorboard(trainer)
+        self._settle(BATCHES - 1)
+        self._thread = self._thread or ThreadPoolExecutor(1, "frame_writer")
+        self._batches.append([])
         for prediction in outputs:
-            self._write(prediction, fps)
-            if writer is not None:
-                self._show(writer, prediction, fps)
+            future = self._thread.submit(self._finish, prediction, writer, fps)
+            self._batches[-1].append(future)
+            prediction.pending.append(future)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(0)
+        self._end()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        for future in [future for batch in self._batches for future in batch]:
+            # the run ends for another reason, which must not be hidden
+            if future.exception() not in (None, exception):
+                log.error("Some frames could not be written: %s", future.exception())
+        self._end()
+
+    def _settle(self, most: int) -> None:
+        """Waits until at most so many batches are still to be written, and raises what went wrong with the others."""
+        while self._batches and (len(self._batches) > most or all(future.done() for future in self._batches[0])):
+            for future in self._batches[0]:
+                future.result()
+            self._batches.popleft()
+
+    def _end(self) -> None:
+        self._batches.clear()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _finish(self, prediction: Prediction, writer: SummaryWriter | None, fps: int) -> None:
+        self._write(prediction, fps)
+        if writer is not None:
+            self._show(writer, prediction, fps)
 
     def _write(self, prediction: Prediction, fps: int) -> None:
         assert self._folder is not None

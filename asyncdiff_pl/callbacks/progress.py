@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
+from asyncdiff_pl.callbacks.step_latency import Clock
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import Prediction
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
@@ -70,11 +71,20 @@ def calls(steps: Sequence[int]) -> list[int]:
     return [count for count, _ in itertools.groupby(steps)]
 
 
+class _Mark(NamedTuple):
+    """A moment of a batch: where a sample begins, or the end of a step with the batch's steps so far."""
+
+    when: Any
+    steps: float | None = None
+    text: str = ""
+
+
 class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
     """Shows the samples of rank 0's data group, the step in work, the latest step's latency and the time left.
 
-    The time left is about all samples of the group that are still to be made, each with its own step count. Where the
-    output is no terminal there is one line a sample.
+    The time left is about all samples of the group that are still to be made, each with its own step count. Steps count
+    when the device is through with them, which on a GPU is after the CPU is. Where the output is no terminal there is
+    one line a sample.
 
     Args:
         refresh_seconds: Least time in s between two updates of the bar.
@@ -92,8 +102,11 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
         self._calls: list[int] = []
         self._call = -1
         self._running = Measured(0, 0, 0, 0)
+        self._clock: Clock | None = None
+        self._ahead: deque[_Mark] = deque()
+        self._last: Any = None
         self._recent: deque[float] = deque(maxlen=4)
-        self._latency = self._step_end = self._batch_end = self._refreshed = 0.0
+        self._latency = self._batch_end = self._refreshed = 0.0
 
     @override
     def init_predict_tqdm(self) -> Tqdm:
@@ -112,6 +125,7 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
         super().on_predict_start(trainer, pl_module)
         if self.is_disabled:
             return
+        self._clock = Clock(pl_module.device)
         self._pace = Pace(planned_steps(trainer, pl_module))
         self._made = 0
         self._batch_end = time.perf_counter()
@@ -131,26 +145,43 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
         self._calls = calls([sample.steps or pl_module.num_inference_steps[0] for sample in batch])
         self._call = -1
         self._running = Measured(0, 0, 0, 0)
+        # a strategy may have run the denoiser on its own before
+        self._ahead.clear()
 
     @override
     def on_sample_begin(self, trajectory: Trajectory) -> None:
+        assert self._clock is not None
         self._call = min(self._call + 1, len(self._calls) - 1)
-        self._step_end = time.perf_counter()
+        self._ahead.append(_Mark(self._clock.mark()))
 
     @override
     def on_step(self, trajectory: Trajectory, output: Any) -> None:
-        now = time.perf_counter()
-        step_seconds, self._step_end = now - self._step_end, now
-        # over some steps: with stride 2 every second one takes no time
-        self._recent.append(step_seconds)
-        self._latency = sum(self._recent) / len(self._recent)
+        assert self._clock is not None
         # some schedulers step more often than they are asked to (Heun): what counts is how far the sample is
         share = (trajectory.position + 1) / trajectory.num_steps
         steps = sum(self._calls[: self._call]) + share * self._calls[self._call]
-        self._running = Measured(0, steps, self._running.step_seconds + step_seconds, 0)
-        if now - self._refreshed >= self.refresh_seconds:
+        text = f"step {trajectory.position + 1}/{trajectory.num_steps}"
+        self._ahead.append(_Mark(self._clock.mark(), steps, text))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Counts the steps that the device is through with."""
+        assert self._clock is not None
+        text = ""
+        while self._ahead and self._clock.is_past(self._ahead[0].when):
+            mark = self._ahead.popleft()
+            if mark.steps is not None:
+                step_seconds = self._clock.milliseconds(self._last, mark.when) / 1000
+                # over some steps: with stride 2 every second one takes no time
+                self._recent.append(step_seconds)
+                self._latency = sum(self._recent) / len(self._recent)
+                self._running = Measured(0, mark.steps, self._running.step_seconds + step_seconds, 0)
+                text = mark.text
+            self._last = mark.when
+        now = time.perf_counter()
+        if text and now - self._refreshed >= self.refresh_seconds:
             self._refreshed = now
-            self._draw(f"step {trajectory.position + 1}/{trajectory.num_steps}")
+            self._draw(text)
 
     @override
     def on_predict_batch_end(
@@ -164,6 +195,7 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
     ) -> None:
         if self.is_disabled:
             return
+        self._catch_up()
         now = time.perf_counter()
         in_steps = self._running.step_seconds
         self._pace.finish(Measured(len(outputs), sum(self._calls), in_steps, now - self._batch_end - in_steps))

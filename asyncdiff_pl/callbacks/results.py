@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +54,11 @@ DISTANCES = ("fid", "frechet_distance")
 class Results(Callback):
     """Writes `samples.csv` and `results.csv`, and lets a run that was stopped go on where it was.
 
-    A sample's row is on disk as soon as it is finished, after all other callbacks have seen it: this one moves itself
-    to the end of the trainer's callbacks. A run into a log folder that holds samples leaves those out and goes on; with
-    other settings than `settings.json` there, it is an error. `results.csv` is about all samples of the folder: one row
-    for each step count, times over timed samples only, standard deviations of the population.
+    A sample's row is on disk after all other callbacks have seen it (this one moves itself to the end of the trainer's
+    callbacks) and its frames are written, which may be one batch later; a run that is stopped keeps all of them, one
+    that is killed makes the last two batches again. A run into a log folder that holds samples leaves those out and
+    goes on; with other settings than `settings.json` there, it is an error. `results.csv` is about all samples of the
+    folder: one row for each step count, times over timed samples only, standard deviations of the population.
 
     The columns `peak_memory_gib` and `mib_per_step`, and those that callbacks measured of all samples of a step count
     together, are those of the latest run that made samples of the step count.
@@ -65,6 +69,7 @@ class Results(Callback):
         """Keys `(steps, id)` of the samples that earlier runs into this folder made."""
         self._folder: Path | None = None
         self._part: PartFile | None = None
+        self._waiting: deque[tuple[Row, Sequence[Future[None]]]] = deque()
 
     @property
     def folder(self) -> Path:
@@ -83,6 +88,7 @@ class Results(Callback):
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
         self._folder = log_folder(trainer)
         self._part = PartFile(part_path(self.folder, data_rank(trainer)))
+        self._hand_over_choices(trainer)
         self._refuse_other_settings(trainer, pl_module, complete=False)
         rows = gather_parts(self.folder) if trainer.is_global_zero else []
         self.done = set(trainer.strategy.broadcast([key_of(row) for row in rows]))
@@ -94,13 +100,23 @@ class Results(Callback):
         else:
             _say(trainer, f"{len(self.done)} samples are done in {self.folder}, but the data cannot leave them out.")
 
+    def _hand_over_choices(self, trainer: Trainer) -> None:
+        """Gives the strategy what an earlier run into this folder chose: its layout and its cut."""
+        if not hasattr(trainer.strategy, "keep"):
+            return
+        names = ("layout.json", "cut.json")
+        found = [_read(self.folder / name) for name in names] if trainer.is_global_zero else None
+        trainer.strategy.keep(*trainer.strategy.broadcast(found))
+
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # a cut, say, is known only now
+        # a layout that was chosen, say, is known only now
         self._refuse_other_settings(trainer, pl_module, complete=True)
+        choice = getattr(trainer.strategy, "choice", None)
         if trainer.is_global_zero:
-            text = json.dumps(settings(trainer, pl_module), indent=1) + "\n"
-            write_atomically(self.folder / "settings.json", lambda file: file.write(text.encode()))
+            _write(self.folder / "settings.json", settings(trainer, pl_module))
+        if trainer.is_global_zero and choice is not None and not (self.folder / "layout.json").exists():
+            _write(self.folder / "layout.json", choice.as_json())
 
     def _refuse_other_settings(self, trainer: Trainer, pl_module: LightningModule, complete: bool) -> None:
         problem = None
@@ -126,18 +142,31 @@ class Results(Callback):
         assert self._part is not None
         if is_leader(trainer):
             for prediction in outputs:
-                self._part.append(row_of(prediction))
-        cut = getattr(getattr(trainer.strategy, "handle", None), "cut", None)
+                self._waiting.append((row_of(prediction), prediction.pending))
+            self._append_finished()
+        handle = getattr(trainer.strategy, "handle", None)
+        cut = getattr(handle, "cut", None)
         path = self.folder / "cut.json"
         if cut and trainer.is_global_zero and not path.exists():
             # as the strategy takes it back, to run the same cut on other shapes
-            text = json.dumps(cut, indent=1) + "\n"
-            write_atomically(path, lambda file: file.write(text.encode()))
+            _write(path, cut)
+            costs = getattr(handle, "costs", None)
+            if costs:
+                _write(self.folder / "costs.json", [dataclasses.asdict(cost) for cost in costs])
+
+    def _append_finished(self, wait: bool = False) -> None:
+        """Writes the rows of samples that are finished, in order; those that never will be get none."""
+        assert self._part is not None
+        while self._waiting and (wait or all(future.done() for future in self._waiting[0][1])):
+            row, pending = self._waiting.popleft()
+            if all(future.exception() is None for future in pending):
+                self._part.append(row)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._part is None:
             return
+        self._append_finished(wait=True)
         self._part.close()
         if self._part.rows or self.done or isinstance(exception, KeyboardInterrupt):
             _say(trainer, f"Stopped; what is done is kept. Go on with: --resume {self.folder}")
@@ -147,6 +176,7 @@ class Results(Callback):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._part is not None
+        self._append_finished(wait=True)
         self._part.close()
         # the rows themselves meet, not only their files: data groups need not share a disk
         found = gather(trainer, (self._part.rows, list(getattr(trainer.datamodule, "unreadable", ()))))
@@ -206,6 +236,16 @@ def report(results: Sequence[Row]) -> str:
     if results and results[0]["scorer"]:
         table.append(f"score: {results[0]['scorer']}")
     return "\n".join(table)
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _say(trainer: Trainer, text: str) -> None:

@@ -24,11 +24,43 @@ from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 log = logging.getLogger(__name__)
 
 
+class Clock:
+    """When a device comes past marks; a GPU comes there after the CPU set them, and nothing waits for it.
+
+    Args:
+        device: Where the denoiser computes. On a GPU the marks are CUDA events in the current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Sets a mark."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def is_past(self, mark: Any) -> bool:
+        """Whether the device is past a mark."""
+        return not self._on_gpu or mark.query()
+
+    def wait(self, mark: Any) -> None:
+        """Waits until the device is past a mark."""
+        if self._on_gpu:
+            mark.synchronize()
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Time between two marks that the device is past, in ms."""
+        return start.elapsed_time(end) if self._on_gpu else 1000 * (end - start)
+
+
 class Stopwatch(TrajectoryListener):
     """Takes the time of every step of every run of a pipeline.
 
     A step lasts from the end of the step before to the end of its `scheduler.step`; the first one from its first
-    denoiser call on. On a GPU the marks are CUDA events in the current stream: nothing waits within the loop.
+    denoiser call on.
 
     Args:
         device: Where the denoiser computes.
@@ -36,7 +68,7 @@ class Stopwatch(TrajectoryListener):
     """
 
     def __init__(self, device: torch.device, handle: Parallel | None = None) -> None:
-        self.on_gpu = device.type == "cuda"
+        self._clock = Clock(device)
         self.exact_steps: list[int] = []
         """Exact steps of each run since the last reading, in order; empty where there are no stages to be exact."""
         self._handle = handle if handle is not None and handle.layout.stages > 1 else None
@@ -44,32 +76,22 @@ class Stopwatch(TrajectoryListener):
 
     @override
     def on_sample_begin(self, trajectory: Trajectory) -> None:
-        self._runs.append([self._mark()])
+        self._runs.append([self._clock.mark()])
         if self._handle is not None:
             self.exact_steps.append(0)
 
     @override
     def on_step(self, trajectory: Trajectory, output: Any) -> None:
-        self._runs[-1].append(self._mark())
+        self._runs[-1].append(self._clock.mark())
         if self._handle is not None:
             self.exact_steps[-1] = self._handle.exact_steps
 
     def read(self) -> list[list[float]]:
         """Step times in ms of each run since the last reading, in order."""
         runs, self._runs, self.exact_steps = self._runs, [], []
-        if self.on_gpu and runs:
-            runs[-1][-1].synchronize()
-        return [[self._elapsed(a, b) for a, b in itertools.pairwise(marks)] for marks in runs]
-
-    def _mark(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _elapsed(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
+        if runs:
+            self._clock.wait(runs[-1][-1])
+        return [[self._clock.milliseconds(a, b) for a, b in itertools.pairwise(marks)] for marks in runs]
 
 
 class Moments(NamedTuple):

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from asyncdiff_pl.models.loading import (
 from asyncdiff_pl.models.random_weights import component_class
 from asyncdiff_pl.models.schedulers import build_scheduler, check_scheduler_config, find_scheduler
 from asyncdiff_pl.parallel.api import denoiser_of
+from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,9 +48,12 @@ class Prediction:
         steps: Number of denoising steps it took.
         frames: One picture, or the frames of a video in order.
         seconds: Wall time of the whole pipeline call, in s; a call for several samples is shared out evenly.
-        timed: False where `seconds` holds one-time work (the first call of a process): averages leave it out.
+        timed: False where `seconds` holds one-time work (the first call of a process, or with a new shape): averages
+            leave it out.
         call: Number of the pipeline call in its batch, from 0.
         metrics: Filled by callbacks; each entry becomes a column of samples.csv.
+        pending: What callbacks still do with it beside the run; only when all of it is done without an error is the
+            sample finished, and gets its row in samples.csv.
     """
 
     sample: Sample
@@ -58,6 +63,7 @@ class Prediction:
     timed: bool
     call: int = 0
     metrics: dict[str, float | int | str] = field(default_factory=dict)
+    pending: list[Future[None]] = field(default_factory=list, repr=False, compare=False)
 
 
 def sample_seed(seed: int, sample_id: str) -> int:
@@ -293,6 +299,8 @@ class DiffusionPredictor(LightningModule):
                 self.add_module(name, part.requires_grad_(False).eval())
         self._pipeline = pipeline
         self._trajectory = Trajectory(denoiser_of(pipeline), lambda: pipeline.scheduler)
+        # as long as there is the pipeline
+        HostSide(pipeline, denoiser_of(pipeline), self._trajectory)
 
     # -- a batch ------------------------------------------------------------------------------------------------
 
@@ -321,6 +329,7 @@ class DiffusionPredictor(LightningModule):
         # the noise is drawn on the CPU, so that a picture does not depend on the kind of device
         seeds = [sample_seed(self.seed, s.id) if s.seed is None else s.seed for s in samples]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.trajectory.has_one_time_work = False
         started = self._now()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), noise_from(self.pipeline.scheduler, generators):
@@ -328,7 +337,7 @@ class DiffusionPredictor(LightningModule):
             torch.manual_seed(seeds[0])
             frames = self.generate(samples, steps, generators)
         seconds = (self._now() - started) / len(samples)
-        timed, self.is_warm = self.is_warm, True
+        timed, self.is_warm = self.is_warm and not self.trajectory.has_one_time_work, True
         return [Prediction(s, steps, f, seconds, timed, call) for s, f in zip(samples, frames, strict=True)]
 
     def _now(self) -> float:

@@ -95,6 +95,22 @@ def load_components(
     return loaded
 
 
+def read_part_config(name: str, entry: str) -> dict[str, Any] | None:
+    """The configuration of a part from elsewhere, as far as it is known without fetching anything.
+
+    Args:
+        name: The part.
+        entry: Where it comes from; `check_components` has passed.
+    """
+    folder = _find(name, entry)
+    if folder is not None:
+        return read_json(folder, "config.json", f"a {name}")
+    known, overrides = ARCHITECTURES.get(entry, (None, {}))
+    if known is None:
+        return None
+    return read_json(MODELS_FOLDER / known, "config.json", f"a {name}") | overrides.get(name, {})
+
+
 def _load(
     name: str, entry: str, weights: WeightsSource, dtype: torch.dtype, variant: str | None, number: int
 ) -> nn.Module:

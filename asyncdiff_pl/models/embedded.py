@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,13 +18,13 @@ from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
 
+from asyncdiff_pl.cache import CACHE_VARIABLE, cache_folder
+
 MODELS_FOLDER = Path(__file__).parents[1] / "assets" / "models"
 EMBEDDED = ("tiny-svd", "tiny-sd", "tiny-dit")
 """Pipelines that ship with the package, by the name that a user gives."""
 EMBEDDED_CLIP = {"tiny-clip": "scene-clip"}
 """CLIP models that ship with the package: the name that a user gives, and the component."""
-CACHE_VARIABLE = "ASYNCDIFF_PL_CACHE"
-"""Environment variable that names another cache folder than the user's own."""
 
 RECIPE = "components.json"
 FILE_LIST = "files.json"
@@ -98,14 +97,6 @@ def embedded_folder(name: str) -> Path:
             "can be written to."
         ) from error
     return target
-
-
-def cache_folder() -> Path:
-    """Where the package keeps what it can make again: $ASYNCDIFF_PL_CACHE, else a folder in the user's cache."""
-    own = os.environ.get(CACHE_VARIABLE)
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "asyncdiff_pl"
 
 
 # -- a pipeline folder ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Denoisers on the meta device and the arguments of one call, as diffusers' pipelines make it: for dry runs."""
+"""Denoisers on the meta device and the arguments of one call, as diffusers' pipelines make it: to foresee costs."""
 
 from __future__ import annotations
 
@@ -71,6 +71,34 @@ def example_call(
         nn.Module.to(twin.requires_grad_(False).eval(), "meta", dtype)
         args, kwargs = CALLS[denoiser](twin.config, batch, height, width, dtype)
     return twin, args, kwargs
+
+
+def motion_call(
+    unet: Config, adapter: Config, batch: int, num_frames: int, height: int, width: int, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """AnimateDiff's denoiser without weights and the arguments of one call.
+
+    Args:
+        unet: Configuration of the UNet for pictures.
+        adapter: Configuration of the motion adapter.
+        batch: Size of the batch, guidance included.
+        num_frames: Frames of a video.
+        height: Height of the latents.
+        width: Width of the latents.
+        dtype: Number format of weights and activations.
+
+    Returns:
+        The denoiser on the meta device, positional and keyword arguments.
+    """
+    with torch.device("meta"):
+        pictures = diffusers.UNet2DConditionModel.from_config(dict(unet))
+        motion = diffusers.MotionAdapter.from_config(dict(adapter))
+        twin = diffusers.UNetMotionModel.from_unet2d(pictures, motion, load_weights=False)
+        nn.Module.to(twin.requires_grad_(False).eval(), "meta", dtype)
+        latents = torch.empty(batch, twin.config.in_channels, num_frames, height, width, dtype=dtype)
+        texts = torch.empty(batch * num_frames, TEXT_LENGTH, twin.config.cross_attention_dim, dtype=dtype)
+    kwargs = {"encoder_hidden_states": texts, "cross_attention_kwargs": None, "added_cond_kwargs": None}
+    return twin, (latents, torch.empty((), device="meta")), kwargs
 
 
 def _unet(config: Any, batch: int, height: int, width: int, dtype: torch.dtype) -> Call:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AnimateDiffPipeline, DiffusionPipeline
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import nn
@@ -18,11 +18,12 @@ from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.adapters import IPAdapter, Lora, check_adapters, load_adapters, prepare_adapters
 from asyncdiff_pl.models.base import DiffusionPredictor
 from asyncdiff_pl.models.call import CallTemplate
-from asyncdiff_pl.models.components import check_components, load_components
+from asyncdiff_pl.models.components import check_components, load_components, read_part_config
 from asyncdiff_pl.models.example_calls import (
     embeds_guidance,
     example_call,
     latent_size,
+    motion_call,
     pixels_per_latent,
     size_multiple,
 )
@@ -231,11 +232,19 @@ class PipelinePredictor(DiffusionPredictor):
     def example_call(self, height: int, width: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
         if self._denoiser_config is None or self._vae_config is None or self.is_guided is None:
             return None
-        if self._known_class is None or "motion_adapter" in init_parameters(self._known_class):
-            return None
         scale = pixels_per_latent(self._vae_config)
         batch = 2 if self.is_guided else 1
-        return example_call(*self._denoiser_config, batch, height // scale, width // scale, self.torch_dtype)
+        kind, config = self._denoiser_config
+        place = self.components.get("motion_adapter")
+        if self._known_class is AnimateDiffPipeline and kind == "UNet2DConditionModel" and isinstance(place, str):
+            adapter = read_part_config("motion_adapter", place)
+            if adapter is None:
+                return None
+            sizes = self.frames_per_sample, height // scale, width // scale
+            return motion_call(config, adapter, batch, *sizes, self.torch_dtype)
+        if self._known_class is None or "motion_adapter" in init_parameters(self._known_class):
+            return None
+        return example_call(kind, config, batch, height // scale, width // scale, self.torch_dtype)
 
     @override
     def check(self) -> None:

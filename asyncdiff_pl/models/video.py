@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import DiffusionPredictor
+from asyncdiff_pl.models.decoding import to_pictures
 from asyncdiff_pl.models.loading import WeightsSource, quiet_libraries, read_component_config
 
 
@@ -32,7 +33,7 @@ class VideoPredictor(DiffusionPredictor):
         min_guidance_scale: Guidance scale of the first frame; the frames between are interpolated.
         max_guidance_scale: Guidance scale of the last frame; at 1 or below, nothing is guided and each step costs half.
         decode_chunk_size: Number of frames that are decoded at a time: fewer need less memory, more flicker less; null
-            decodes all at once.
+            decodes all at once. Ranks that share a video decode different chunks of it.
         scheduler: The checkpoint's own if null, else a name (`euler_discrete`, `ddpm`, `ddim`, ...) or a class
             (`diffusers.DPMSolverMultistepScheduler`); it is built from the checkpoint's own scheduler config.
         seed: Seed of the run; each sample's noise follows from it and from the sample's id.
@@ -148,7 +149,7 @@ class VideoPredictor(DiffusionPredictor):
         chunk = self.decode_chunk_size or self.num_frames
         with torch.no_grad():
             video = self.pipeline.decode_latents(latents[None], self.num_frames, chunk)
-        return self.pipeline.video_processor.postprocess_video(video, output_type="pil")[0]
+        return to_pictures(self.pipeline.video_processor.postprocess_video(video, output_type="pt")[0])
 
     def _size(self, samples: Sequence[Sample]) -> tuple[int, int]:
         sizes: dict[tuple[int, int], str] = {}

@@ -12,9 +12,14 @@ from torch import nn
 
 from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
+from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.layout import Groups, Layout
+from asyncdiff_pl.parallel.sharing import SharedDecoding, can_share
+from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_hash
-from asyncdiff_pl.parallel.stages.pipeline import Settings, StagePipeline, is_installed
+from asyncdiff_pl.parallel.stages.hooks import is_installed
+from asyncdiff_pl.parallel.stages.pipeline import StagePipeline
+from asyncdiff_pl.parallel.stages.settings import BalanceMode, CompileMode, Settings, WarmUpMode
 from asyncdiff_pl.parallel.trajectory import Trajectory
 from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
 
@@ -26,8 +31,9 @@ class Parallel:
         pipeline: The installed stages; None where one rank computes everything.
         agreement: What keeps the ranks equal; None in one process.
         trajectory: Where the pipeline stands.
-        owns_trajectory: Whether `remove` takes the trajectory's hooks off as well.
+        host_side: What keeps the CPU ahead of the GPU; None where the trajectory's owner did that.
         layout: The layout in use.
+        decoding: Decodes videos on all ranks; None where each rank does alone.
     """
 
     def __init__(
@@ -35,13 +41,15 @@ class Parallel:
         pipeline: StagePipeline | None,
         agreement: Agreement | None,
         trajectory: Trajectory,
-        owns_trajectory: bool,
+        host_side: HostSide | None,
         layout: Layout,
+        decoding: SharedDecoding | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._agreement = agreement
         self._trajectory = trajectory
-        self._owns_trajectory = owns_trajectory
+        self._host_side = host_side
+        self._decoding = decoding
         self.layout = layout
         self._is_removed = False
 
@@ -55,6 +63,12 @@ class Parallel:
     def cut_hash(self) -> str:
         """Tells this cut from others; empty where there is none."""
         return cut_hash(self.cut) if self.cut else ""
+
+    @property
+    def costs(self) -> list[UnitCost] | None:
+        """What each unit of the denoiser costs; None where nothing was measured, and before the first call."""
+        program = self._pipeline.program if self._pipeline else None
+        return program.costs() if program else None
 
     @property
     def sent_bytes(self) -> int:
@@ -76,6 +90,16 @@ class Parallel:
         """Bytes of boundary tensors of one asynchronous step, over all ranks of half a guidance batch."""
         return self._pipeline.bytes_per_step if self._pipeline else 0
 
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that were recorded so far; a sample in which it grew took longer than others."""
+        return self._pipeline.recordings.num_graphs if self._pipeline else 0
+
+    @property
+    def capture_refusal(self) -> str:
+        """Why steps are not captured though `capture` is set; empty if they are, or before the first denoiser call."""
+        return self._pipeline.recordings.refusal if self._pipeline else ""
+
     def reset(self) -> None:
         """Forgets the sample in work, as after an interruption: the next denoiser call begins a new one."""
         self._trajectory.reset()
@@ -95,7 +119,11 @@ class Parallel:
         if self._agreement:
             self._agreement.remove()
             self._agreement.exchange.close()
-        if self._owns_trajectory:
+        if self._decoding:
+            self._decoding.remove()
+        if self._host_side:
+            # whoever gave the trajectory keeps it
+            self._host_side.remove()
             self._trajectory.remove()
 
 
@@ -109,6 +137,11 @@ def parallelize(
     time_shift: bool = False,
     cfg: int = 1,
     cut: Sequence[Sequence[str]] | None = None,
+    capture: bool = False,
+    compile: CompileMode = "none",
+    balance: BalanceMode = "operations",
+    warm_up_mode: WarmUpMode = "replicated",
+    share_decoding: bool = False,
     simulate: bool = False,
     scheduler: Any = None,
     timeout: timedelta | None = None,
@@ -130,6 +163,19 @@ def parallelize(
         time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.
         cfg: 2 gives each half of the guidance batch its own ranks.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
+        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU
+            then launches a step at once. Needs an NVIDIA GPU. What changes in the network (adapters, their scales)
+            counts from the next sample on. `remove` the handle before the process group is destroyed.
+        compile: What torch compiles: "none", "blocks" (the repeated blocks, each kind once) or "full" (the whole
+            denoiser; 1 stage only).
+        balance: What a found cut balances: "operations", counted, or "measured" times of the denoiser's units on this
+            device, which are kept on disk.
+        warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage,
+            one after the other, and holds the weights of its stage alone. The others' never get onto a GPU if the
+            denoiser is brought there after this call, not before.
+        share_decoding: Whether the ranks share out the decoding of a video's frames, in chunks of `decode_chunk_size`
+            (Stable Video Diffusion, AnimateDiff); then all of them must call `pipe.decode_latents`, where it is called
+            outside of the pipeline.
         simulate: Plays all ranks in this process, to see a layout's quality without its speed.
         scheduler: The scheduler that steps the latents, for a bare denoiser.
         timeout: How long to wait for another rank's message; None leaves it to the process group.
@@ -144,6 +190,7 @@ def parallelize(
     """
     layout = Layout(stages, stride, cfg)
     check_settings(layout, warm_up, cut, refresh_every)
+    check_modes(layout, warm_up, compile, warm_up_mode, simulate)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
     asks_for_noise = isinstance(warm_up, WarmUp) and warm_up.until_noise is not None
     timesteps = getattr(scheduler_in_use(), "timesteps", None)
@@ -166,15 +213,22 @@ def parallelize(
         groups = groups or Groups.build(layout)
         exchange = Exchange(groups, timeout)
         coordinates = layout.coordinates(dist.get_rank())[1:]
-    owns_trajectory = trajectory is None
-    trajectory = trajectory or Trajectory(denoiser, scheduler_in_use)
+    host_side = None
+    if trajectory is None:
+        trajectory = Trajectory(denoiser, scheduler_in_use)
+        host_side = HostSide(pipe, denoiser, trajectory)
     pipeline, agreement = None, None
-    if layout.pipeline_ranks > 1:
-        settings = Settings(layout, warm_up, time_shift, cut, refresh_every)
+    # one rank alone is captured and compiled as well
+    if layout.pipeline_ranks > 1 or capture or compile != "none":
+        settings = Settings(layout, warm_up, time_shift, cut, refresh_every, capture, compile, balance, warm_up_mode)
         pipeline = StagePipeline(denoiser, trajectory, settings, exchange, coordinates)
     if pipeline and exchange:
         agreement = Agreement(denoiser, trajectory, exchange, lambda: pipeline.turns_asynchronous)
-    return Parallel(pipeline, agreement, trajectory, owns_trajectory, layout)
+    decoding = None
+    if exchange and share_decoding and can_share(pipe):
+        half, rank = coordinates
+        decoding = SharedDecoding(pipe, exchange, half * layout.stage_ranks + rank, layout.pipeline_ranks)
+    return Parallel(pipeline, agreement, trajectory, host_side, layout, decoding)
 
 
 def check_settings(
@@ -193,6 +247,34 @@ def check_settings(
         )
     if cut is not None and len(cut) != layout.stages:
         raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
+
+
+def check_modes(
+    layout: Layout, warm_up: int | WarmUp, compile: CompileMode, warm_up_mode: WarmUpMode, simulate: bool
+) -> None:
+    """Checks which ways of running the stages go together.
+
+    Raises:
+        ValueError: Two of them do not.
+    """
+    if compile == "full" and layout.stages > 1:
+        raise ValueError(
+            f"compile full takes a denoiser that is whole, and stages is {layout.stages}; take compile blocks."
+        )
+    if warm_up_mode != "relay":
+        return
+    if simulate:
+        raise ValueError(
+            "warm_up_mode relay gives each rank the weights of its stage alone, and simulate plays all ranks in one "
+            "process; take warm_up_mode replicated, which computes the same."
+        )
+    if layout.stages == 1:
+        raise ValueError("warm_up_mode relay passes exact steps from stage to stage, and stages is 1; take 2 or more.")
+    if isinstance(warm_up, WarmUp) and warm_up.until_drift is not None:
+        raise ValueError(
+            "warm_up_mode relay shows a rank its own boundary tensors alone, and until_drift compares all of them; "
+            "take a number of steps or until_noise."
+        )
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:

@@ -97,9 +97,7 @@ class Exchange:
             messages: All messages of the step, in the order that all ranks keep to.
             step: Number of the step, for reports.
         """
-        for pending, _ in self._sends:
-            pending.wait()
-        self._sends.clear()
+        self.join()
         self._inbox, self._step, self._next = inbox, step, 0
         self._order = [message for message in messages if inbox.rank in (message.source, message.target)]
         self._receive()
@@ -120,6 +118,27 @@ class Exchange:
     def finish(self) -> None:
         """Ends the step: everything is posted, nothing is waited for."""
         assert self._next == len(self._order), "a value that others consume was not made"
+
+    def join(self) -> None:
+        """Waits until this rank's messages have left; on a GPU only the stream does."""
+        for pending, _ in self._sends:
+            pending.wait()
+        self._sends.clear()
+
+    def abandon(self) -> None:
+        """Forgets messages of a recording that came to nothing."""
+        self._sends.clear()
+
+    def watch_replay(self, step: int) -> None:
+        """Watches messages that were posted by a replay, which nothing else tells of.
+
+        Args:
+            step: Number of the step, for reports.
+        """
+        if self._watch is not None:
+            event = torch.cuda.Event()
+            event.record()
+            self._watch.add(_Replayed(event), f"rank {dist.get_rank()}, step {step}: a replayed step with its messages")
 
     def broadcast(self, tensors: Sequence[torch.Tensor], source: int) -> None:
         """Gives tensors of one rank of the pipeline to all of it, in place.
@@ -150,10 +169,15 @@ class Exchange:
         dist.all_reduce(low, dist.ReduceOp.MIN, group=self.groups.pipeline)
         return high - low
 
+    def all_agree(self, holds: bool) -> bool:
+        """Whether something holds on all ranks of the pipeline; each asks, and waits for the others."""
+        kind = "cuda" if dist.get_backend(self.groups.pipeline) == "nccl" else "cpu"
+        return not bool(self.add_up(torch.tensor([0.0 if holds else 1.0], device=kind)))
+
     def add_up(self, numbers: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of the pipeline of each of some numbers, the same on all of them."""
         total = numbers.clone()
-        text = f"rank {dist.get_rank()}, step {self._step}: the drift that all ranks of the pipeline measured"
+        text = f"rank {dist.get_rank()}, step {self._step}: a sum over the ranks of the pipeline"
         work: Any = dist.all_reduce(total, group=self.groups.pipeline, async_op=True)
         self._watched(work, text).wait()
         return total
@@ -165,9 +189,7 @@ class Exchange:
 
     def drop(self) -> None:
         """Waits for what is under way, so that a new sample begins with empty lines."""
-        for pending, _ in self._sends:
-            pending.wait()
-        self._sends.clear()
+        self.join()
 
     def _receive(self) -> None:
         """Posts what comes before this rank's next own message."""
@@ -190,9 +212,22 @@ class Exchange:
     def _watched(self, work: dist.Work, text: str) -> Pending:
         if self._watch is None:
             return Pending(work, text, self.timeout)
-        self._watch.add(work, text)
+        # one that is being recorded does not run, and must not be asked
+        if not torch.cuda.is_current_stream_capturing():
+            self._watch.add(work, text)
         # with a timeout of its own NCCL would make the CPU wait
         return Pending(work, text, None)
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """What a watch asks of a replay."""
+
+    event: torch.cuda.Event
+
+    def is_completed(self) -> bool:
+        """Whether all of it has run."""
+        return self.event.query()
 
 
 class LocalExchange:
@@ -217,5 +252,11 @@ class LocalExchange:
     def finish(self) -> None:
         """Ends the rank's step."""
 
+    def join(self) -> None:
+        """Nothing is ever under way."""
+
     def drop(self) -> None:
+        """Nothing is ever under way."""
+
+    def abandon(self) -> None:
         """Nothing is ever under way."""

@@ -125,6 +125,41 @@ def split_batch(
     return bound.args, bound.kwargs
 
 
+class Halves:
+    """Gives each group of ranks its half of a sample's denoiser calls.
+
+    Args:
+        forward: The denoiser's own forward, whose signature names the arguments.
+        cfg: 2 if there are two groups, 1 if one has all.
+    """
+
+    def __init__(self, forward: Callable[..., Any], cfg: int) -> None:
+        self._forward = forward
+        self._cfg = cfg
+        self._first_batch = 0
+
+    def are_one(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_first: bool) -> bool:
+        """Whether a call has no guidance batch, unlike the sample's first: guidance ended, or never belonged to it.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Its keyword arguments.
+            is_first: Whether it is the sample's first call.
+        """
+        if self._cfg == 1:
+            return False
+        batch = find_latents(self._forward, args, kwargs).shape[0]
+        if is_first:
+            self._first_batch = batch
+        return 2 * batch == self._first_batch
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], half: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for one group, as `split_batch` gives them."""
+        return (args, kwargs) if self._cfg == 1 else split_batch(self._forward, args, kwargs, half)
+
+
 def join_halves(halves: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     """Puts the tensors of a result together again from its halves."""
     return halves[0] if len(halves) == 1 else [torch.cat(pair) for pair in zip(*halves, strict=True)]

@@ -12,10 +12,14 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+
+Around = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
+"""Makes the context in which a method runs, from its positional and keyword arguments."""
 
 
 class TrajectoryListener:
@@ -42,7 +46,7 @@ class Trajectory:
 
     def __init__(self, denoiser: nn.Module, scheduler: Callable[[], Any]) -> None:
         self._lookup = scheduler
-        self._scheduler: Any = None
+        self._step: Overlay | None = None
         self._listeners: list[TrajectoryListener] = []
         self._next_call = 0
         self.timesteps: torch.Tensor | None = None
@@ -51,13 +55,19 @@ class Trajectory:
         """Steps of this sample that are done."""
         self.call = 0
         """Number of the denoiser call in work among those of its step, from 0."""
+        self.host_timestep: torch.Tensor | None = None
+        """The timestep of that call as the pipeline gave it, if that was on the CPU and the denoiser got a copy."""
+        self.around_step: Around = _plainly
+        """Makes the context in which the scheduler steps."""
+        self.has_one_time_work = False
+        """Whether something was traced, compiled or recorded since this was last set to False: times tell little."""
         self.first_index = 0
         """Index in `timesteps` of the sample's first step: above 0 where a pipeline runs only a part of them."""
         self._starts = [0]
         """What `first_index` may be, as far as the calls so far tell."""
         self._signature = inspect.signature(denoiser.forward)
         # at once: `scheduler.step(denoiser(...), ...)` looks `step` up before the first denoiser call
-        self._wrap(scheduler())
+        self._follow(scheduler())
         self._handle = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
 
     @property
@@ -85,14 +95,15 @@ class Trajectory:
     def remove(self) -> None:
         """Takes all hooks off the denoiser and the scheduler."""
         self._handle.remove()
-        self._unwrap()
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
         self._listeners.clear()
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         scheduler = self._lookup()
-        if scheduler is not self._scheduler:
-            self._unwrap()
-            self._wrap(scheduler)
+        if self._step is None or scheduler is not self._step.owner:
+            self._follow(scheduler)
         if scheduler.timesteps is not self.timesteps:
             self.timesteps = scheduler.timesteps
             self.position = self.call = self._next_call = 0
@@ -129,49 +140,68 @@ class Trajectory:
         same = self.timesteps == torch.as_tensor(given, device=self.timesteps.device).flatten()[0]
         return same.nonzero().flatten().tolist()
 
-    def _wrap(self, scheduler: Any) -> None:
-        counted = _CountedStep(scheduler, self._after_step)
-        self._scheduler, self._step, self._counted = scheduler, vars(scheduler).get("step"), counted
-        scheduler.step = counted
+    def _follow(self, scheduler: Any) -> None:
+        if self._step is not None:
+            self._step.remove()
+        self._step = Overlay(scheduler, "step", self._after_step, lambda *given: self.around_step(*given))
 
-    def _after_step(self, counted: _CountedStep, output: Any) -> None:
-        if counted is not self._counted:
-            # an earlier wrapper that somebody else's wrapper still holds
+    def _after_step(self, step: Overlay, output: Any) -> None:
+        if step is not self._step:
+            # an earlier one that somebody else's wrapper still holds
             return
         for listener in list(self._listeners):
             listener.on_step(self, output)
         self.position += 1
         self._next_call = 0
 
-    def _unwrap(self) -> None:
-        if self._scheduler is None:
-            return
-        if vars(self._scheduler).get("step") is not self._counted:
-            # somebody wrapped it after us: what they hold stays valid, it only counts for nobody
-            self._scheduler = None
-            return
-        if self._step is None:
-            del self._scheduler.step
-        else:
-            self._scheduler.step = self._step
-        self._scheduler = None
+
+def _plainly(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
-class _CountedStep:
-    """A scheduler's `step` that tells of each call; a copy of the scheduler gets its own `step`, which does not."""
+class Overlay:
+    """A method of one object that tells each time that it returned; a copy of the object gets the plain method.
 
-    def __init__(self, scheduler: Any, after: Callable[[_CountedStep, Any], None]) -> None:
-        self._scheduler = scheduler
-        self._step = scheduler.step
+    Args:
+        owner: Its attribute is replaced at once.
+        name: Name of the method.
+        after: Is told with this overlay and what the method returned.
+        around: Makes the context in which the method runs.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        after: Callable[[Overlay, Any], None],
+        around: Around | None = None,
+    ) -> None:
+        self.owner = owner
+        self._name = name
+        self._own = vars(owner).get(name)
+        self._method = getattr(owner, name)
         self._after = after
-        # pipelines look at the arguments that a scheduler's step takes
-        functools.update_wrapper(self, self._step)
+        self._around = around or _plainly
+        # pipelines look at the arguments that a scheduler's methods take; not its attributes, which may be our own
+        functools.update_wrapper(self, self._method, updated=())
+        setattr(owner, name, self)
+
+    def remove(self) -> None:
+        """Gives the object its method back, unless somebody else replaced it since: what they hold stays valid."""
+        if vars(self.owner).get(self._name) is not self:
+            return
+        if self._own is None:
+            delattr(self.owner, self._name)
+        else:
+            setattr(self.owner, self._name, self._own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._step(*args, **kwargs)
+        """Calls the method, and tells."""
+        with self._around(args, kwargs):
+            output = self._method(*args, **kwargs)
         self._after(self, output)
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # a pipeline that steps audio beside video copies the scheduler; one that keeps a state copies attributes alone
-        return copy.deepcopy(self._step, memo) if id(self._scheduler) in memo else self
+        return copy.deepcopy(self._method, memo) if id(self.owner) in memo else self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +18,16 @@ from asyncdiff_pl.models.schedulers import build_scheduler, find_scheduler
 from asyncdiff_pl.parallel.guidance import find_latents, split_batch
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
+from asyncdiff_pl.parallel.stages.stopwatch import denoising_rate
 from asyncdiff_pl.parallel.stages.units import trace
 from asyncdiff_pl.parallel.warm_up import count_exact, noise_levels, span_of
 
-EFFICIENCY = 0.3
-"""Share of a large matrix product's rate that denoisers reach in eager mode: SVD 0.32, SDXL 0.28 on an H200."""
-
 BYTES_PER_PIXEL = {"png": 1.45, "gif": 0.65, "webp": 0.2, "none": 0.0}
 """Size of written photographs, in the mean over COCO images of 1024x576 pixels."""
+
+
+PLAIN = {"compile": "none", "balance": "operations", "warm_up_mode": "replicated", "layout": "fixed"}
+"""Settings of a strategy that go without saying."""
 
 
 class Cost(NamedTuple):
@@ -59,7 +60,11 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
     samples = sum(left.values())
     groups = getattr(strategy, "data_size", trainer.world_size)
     ranks = trainer.world_size // groups
-    height, width = module.picture_size(getattr(data, "height", None), getattr(data, "width", None))
+    size = getattr(data, "height", None), getattr(data, "width", None)
+    is_chosen = getattr(strategy, "layout", None) == "auto"
+    if is_chosen:
+        strategy.settle(strategy.choose(module, size, measures=False))
+    height, width = module.picture_size(*size)
     frames = module.frames_per_sample
     lines = {
         "model": f"{module.pretrained}, {module.weights_description} weights, {_name(module.torch_dtype)}",
@@ -69,6 +74,10 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
     }
     if samples < groups:
         lines["ranks"] += f"; {groups - samples} of the data groups have nothing to do"
+    if is_chosen:
+        lines["layout"] = strategy.choice.reason
+        if strategy.balance == "measured":
+            lines["layout"] += " This is by counted operations; the run itself measures."
     if height is not None and width is not None:
         example = module.example_call(height, width)
         if example is None:
@@ -151,7 +160,7 @@ def _time(
     # the last samples keep only some of the groups busy
     calls = halves * math.ceil(sum(left.values()) / groups) / max(1, sum(left.values()))
     device = strategy.root_device
-    rate = EFFICIENCY * _matrix_rate(device, dtype)
+    rate = denoising_rate(device, dtype)
     if device.type == "cpu":
         # the ranks share the cores
         rate /= trainer.world_size / trainer.num_nodes
@@ -213,6 +222,7 @@ def _settings(strategy: Any) -> str:
     if not hasattr(strategy, "describe"):
         return type(strategy).__name__
     described = {name: value for name, value in strategy.describe().items() if value not in (None, False)}
+    described = {name: value for name, value in described.items() if value != PLAIN.get(name)}
     name = described.pop("strategy")
     return ", ".join([name, *(f"{key} {value}" if value is not True else key for key, value in described.items())])
 
@@ -223,24 +233,6 @@ def _bytes_per_pixel(trainer: Trainer, frames: int) -> float:
         if isinstance(writer, FrameWriter):
             total += BYTES_PER_PIXEL["png"] * writer.png + BYTES_PER_PIXEL[writer.animation] * (frames > 1)
     return total
-
-
-def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, measured."""
-    size = 8192 if device.type == "cuda" else 1024
-    # CPUs have no fast half precision to foresee by
-    kind = dtype if device.type == "cuda" else torch.float32
-    left = torch.randn(size, size, device=device, dtype=kind)
-    times = []
-    for _ in range(4):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
 
 
 def _duration(seconds: float) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Layout, Parallel, WarmUp, parallelize
-from asyncdiff_pl.parallel.api import check_settings
+from asyncdiff_pl.parallel.api import check_modes, check_settings, denoiser_of
+from asyncdiff_pl.parallel.search import name_of
+from asyncdiff_pl.parallel.stages.placement import left_behind
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
 from asyncdiff_pl.strategies.base import GroupStrategy
+from asyncdiff_pl.strategies.layout_choice import Choice, choose_layout, kept_layout, possible_layouts
 
 FEW_STEPS = 8
 """Denoising steps that few-step models (Turbo, LCM, Lightning) take at most."""
@@ -37,6 +42,16 @@ class AsyncDiffStrategy(GroupStrategy):
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         cut: For each stage the list of its module names in the denoiser (a name covers all below it); null finds a
             balanced cut.
+        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that
+            the CPU launches a step at once; needs an NVIDIA GPU.
+        compile: What torch compiles, in minutes at the first sample: none, blocks (the repeated blocks, each kind once)
+            or full (the whole denoiser; 1 stage only).
+        balance: What a found cut balances: operations, which are counted, or measured, the times of the denoiser's
+            units on this device, kept on disk.
+        warm_up_mode: replicated has every rank compute exact steps whole; relay has each compute its own stage, one
+            after the other, and holds the weights of its stage alone: slower, with less memory.
+        layout: fixed takes stages, stride and cfg as given; auto chooses stages and cfg for the number of devices by
+            what the denoiser's units cost (see balance) and how old what the stages see would be, and says why.
         simulate: Plays all ranks in one process, to see a layout's quality on one device without its speed.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
     """
@@ -50,12 +65,24 @@ class AsyncDiffStrategy(GroupStrategy):
         time_shift: bool = False,
         cfg: int = 1,
         cut: list[list[str]] | None = None,
+        capture: bool = False,
+        compile: Literal["none", "blocks", "full"] = "none",
+        balance: Literal["operations", "measured"] = "operations",
+        warm_up_mode: Literal["replicated", "relay"] = "replicated",
+        layout: Literal["fixed", "auto"] = "fixed",
         simulate: bool = False,
         timeout: float = 600.0,
     ) -> None:
-        layout = Layout(stages, stride, cfg)
-        check_settings(layout, warm_up, cut, refresh_every)
-        super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout)
+        given = Layout(stages, stride, cfg)
+        check_settings(given, warm_up, cut, refresh_every)
+        if layout == "auto":
+            _refuse_beside_auto(stages=stages, stride=stride, cfg=cfg, cut=cut, simulate=simulate)
+            # relay, say, does not go with a warm-up until drift whatever the layout
+            check_modes(Layout(2), warm_up, "none", warm_up_mode, simulate)
+            super().__init__(None, None, timeout)
+        else:
+            check_modes(given, warm_up, compile, warm_up_mode, simulate)
+            super().__init__(given, 1 if simulate else given.pipeline_ranks, timeout)
         self.stages = stages
         self.stride = stride
         self.warm_up = warm_up
@@ -63,7 +90,15 @@ class AsyncDiffStrategy(GroupStrategy):
         self.time_shift = time_shift
         self.cfg = cfg
         self.cut = cut
+        self.capture = capture
+        self.compile = compile
+        self.balance = balance
+        self.warm_up_mode = warm_up_mode
+        self.layout = layout
         self.simulate = simulate
+        self.choice: Choice | None = None
+        """What was chosen, with layout auto; None before."""
+        self._kept_layout: Layout | None = None
 
     @override
     def check_module(self, module: pl.LightningModule) -> None:
@@ -72,6 +107,8 @@ class AsyncDiffStrategy(GroupStrategy):
                 f"AsyncDiffStrategy runs modules that have a diffusers `pipeline`, and {type(module).__name__} has "
                 "none: subclass DiffusionPredictor, or take another strategy."
             )
+        if self.layout == "auto":
+            possible_layouts(self.ranks_per_group, getattr(module, "is_guided", None), self._allows)
         if self.cfg == 2 and getattr(module, "is_guided", None) is False:
             raise ValueError(
                 "cfg 2 halves the guidance batch, but guidance is off: turn it on (a guidance scale above 1) where the "
@@ -110,8 +147,84 @@ class AsyncDiffStrategy(GroupStrategy):
             return "a sample for each rank (stages 1) in place of stages"
         return "cfg 2 in place of stages, which is exact" + ("" if is_guided else ", if there is guidance")
 
+    def keep(self, layout: Mapping[str, Any] | None, cut: list[list[str]] | None) -> None:
+        """Takes over what a run chose that this one goes on with: another choice would make other pictures.
+
+        Args:
+            layout: The layout, as `Choice.as_json` has it; None if it was not chosen.
+            cut: The cut; None if there was none.
+        """
+        if self.layout == "auto" and layout is not None:
+            self._kept_layout = kept_layout(layout)
+        if self.balance == "measured" and self.cut is None:
+            self.cut = cut
+
+    def choose(self, module: pl.LightningModule, size: tuple[int | None, int | None], measures: bool) -> Choice:
+        """Chooses a layout for all ranks of a node, with layout auto.
+
+        Args:
+            module: What runs; its denoiser is on the device if it is to be measured.
+            size: Height and width of the data's pictures in pixels, None where they are not known.
+            measures: Whether the denoiser's units are measured; otherwise their operations are counted.
+
+        Raises:
+            ValueError: No layout fits.
+        """
+        kept = self._kept_layout
+        if kept is not None and kept.pipeline_ranks == self.ranks_per_group:
+            return Choice(kept, f"{name_of(kept)} is what the run had that this one goes on with.", "the log folder")
+        fewest = span_of(self.warm_up, None).fewest
+        steps = [(n, count_exact(min(fewest, n), self.refresh_every, n)) for n in module.num_inference_steps]
+        height, width = module.picture_size(*size)
+
+        def example_call() -> Any:
+            return None if height is None or width is None else module.example_call(height, width)
+
+        denoiser = module.denoiser if measures else None
+        return choose_layout(
+            *(self.ranks_per_group, module.is_guided, self._allows, example_call, steps, self.root_device, denoiser)
+        )
+
+    def _allows(self, layout: Layout) -> bool:
+        try:
+            check_modes(layout, self.warm_up, self.compile, self.warm_up_mode, self.simulate)
+        except ValueError:
+            return False
+        return True
+
+    def settle(self, choice: Choice) -> None:
+        """Takes a layout that was chosen."""
+        self.choice = choice
+        self.stages, self.stride, self.cfg = choice.layout.stages, choice.layout.stride, choice.layout.cfg
+
+    def _choose_together(self, module: pl.LightningModule) -> None:
+        """Chooses on rank 0, for all ranks."""
+        data = getattr(module.trainer, "datamodule", None)
+        size = getattr(data, "height", None), getattr(data, "width", None)
+        choice = None
+        if self.is_global_zero:
+            choice = self.choose(module, size, self.balance == "measured")
+        choice = self.broadcast(choice)
+        self.settle(choice)
+        rank_zero_info(choice.describe())
+        advice = self.advice(module)
+        if advice:
+            rank_zero_warn(advice)
+        self.build_groups(choice.layout)
+
+    @override
+    def model_to_device(self) -> None:
+        if self.warm_up_mode == "replicated":
+            super().model_to_device()
+            return
+        # the weights of this rank's stage follow when the cut is known, those of the others never
+        with left_behind(self.lightning_module, denoiser_of(self.lightning_module.pipeline)):
+            super().model_to_device()
+
     @override
     def install(self, module: pl.LightningModule) -> Parallel:
+        if self.layout == "auto":
+            self._choose_together(module)
         return parallelize(
             module.pipeline,
             stages=self.stages,
@@ -121,6 +234,11 @@ class AsyncDiffStrategy(GroupStrategy):
             time_shift=self.time_shift,
             cfg=self.cfg,
             cut=self.cut,
+            capture=self.capture,
+            compile=self.compile,
+            balance=self.balance,
+            warm_up_mode=self.warm_up_mode,
+            share_decoding=True,
             simulate=self.simulate,
             timeout=self.timeout,
             trajectory=module.trajectory,
@@ -129,17 +247,33 @@ class AsyncDiffStrategy(GroupStrategy):
 
     @override
     def describe(self) -> dict[str, Any]:
+        is_known = self.layout == "fixed" or self.choice is not None
         return {
             "strategy": "asyncdiff",
-            "stages": self.stages,
-            "stride": self.stride,
+            "stages": self.stages if is_known else None,
+            "stride": self.stride if is_known else None,
             "warm_up": self.warm_up if isinstance(self.warm_up, int) else str(self.warm_up),
             "refresh_every": self.refresh_every,
             "time_shift": self.time_shift,
-            "cfg": self.cfg,
+            "cfg": self.cfg if is_known else None,
+            "layout": self.layout,
+            "capture": self.capture,
+            "compile": self.compile,
+            "balance": self.balance,
+            "warm_up_mode": self.warm_up_mode,
             "simulate": self.simulate,
             "cut": self._handle.cut_hash if self._handle and self._handle.cut else None,
         }
+
+
+def _refuse_beside_auto(**settings: Any) -> None:
+    defaults = inspect.signature(AsyncDiffStrategy).parameters
+    for name, value in settings.items():
+        if value != defaults[name].default:
+            raise ValueError(
+                f"layout auto chooses stages and cfg for the ranks of the run, but {name} is {value}; leave that out, "
+                "or take layout fixed."
+            )
 
 
 def _either(values: Sequence[Any]) -> str:

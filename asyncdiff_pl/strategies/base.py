@@ -34,20 +34,22 @@ class GroupStrategy(ParallelStrategy):
     """Shares each sample out over the ranks of a group, and the samples over the groups.
 
     Args:
-        layout: What the ranks of one group do.
-        ranks_per_group: Ranks of one group: the layout's, or 1 where one process plays them all.
+        layout: What the ranks of one group do; None where that is chosen when the module is there, in `install`, which
+            then calls `build_groups`.
+        ranks_per_group: Ranks of one group: the layout's, or 1 where one process plays them all; None for all ranks of
+            a node.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
     """
 
     is_distributed = True
     """Lightning looks this up by name."""
 
-    def __init__(self, layout: Layout, ranks_per_group: int, timeout: float) -> None:
+    def __init__(self, layout: Layout | None, ranks_per_group: int | None, timeout: float) -> None:
         super().__init__()
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout} s; give a number of seconds above 0.")
         self.num_nodes = 1
-        self.ranks_per_group = ranks_per_group
+        self._ranks_per_group = ranks_per_group
         self.timeout = timedelta(seconds=timeout)
         self._layout = layout
         self._groups: Groups | None = None
@@ -91,6 +93,11 @@ class GroupStrategy(ParallelStrategy):
         return self._handle
 
     @property
+    def ranks_per_group(self) -> int:
+        """Ranks that work on one sample."""
+        return self.num_processes if self._ranks_per_group is None else self._ranks_per_group
+
+    @property
     def data_size(self) -> int:
         """Number of groups that run different samples."""
         return self.world_size // self.ranks_per_group
@@ -117,7 +124,7 @@ class GroupStrategy(ParallelStrategy):
         Raises:
             ValueError: They do not.
         """
-        if self.ranks_per_group > 1:
+        if self._layout is not None and self.ranks_per_group > 1:
             self._layout.over(self.num_processes * self.num_nodes, self.num_processes)
 
     # -- what Lightning asks ------------------------------------------------------------------------------------
@@ -176,9 +183,13 @@ class GroupStrategy(ParallelStrategy):
             _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device)
             self._owns_connection = True
         self._groups = Groups()
+        if self._layout is not None:
+            self.build_groups(self._layout)
+
+    def build_groups(self, layout: Layout) -> None:
+        """Makes the process groups of a layout; every rank must call it."""
         if self.ranks_per_group > 1:
-            layout = self._layout.over(self.world_size, self.num_processes)
-            self._groups = Groups.build(layout)
+            self._groups = Groups.build(layout.over(self.world_size, self.num_processes))
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

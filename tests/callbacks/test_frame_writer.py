@@ -1,11 +1,14 @@
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from asyncdiff_pl.callbacks import FrameWriter
+from asyncdiff_pl.callbacks import FrameWriter, Results, frame_writer
 from asyncdiff_pl.callbacks.frame_writer import encode_gif
+from asyncdiff_pl.callbacks.sample_table import read_table
 
 
 def test_a_video_is_frames_and_an_animation(run):
@@ -58,3 +61,98 @@ def test_a_gif_keeps_colours():
 def test_an_impossible_pace_is_refused():
     with pytest.raises(ValueError, match="fps is 0"):
         FrameWriter(fps=0)
+
+
+# -- beside the run -------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Notes what is written, in order, and does something before each file."""
+
+    def __init__(self, monkeypatch, before):
+        self.written = []
+        self._before, self._write = before, frame_writer.write_atomically
+        monkeypatch.setattr(frame_writer, "write_atomically", self)
+
+    def __call__(self, path, write):
+        self._before(path)
+        self._write(path, write)
+        self.written.append(path.stem)
+
+
+IDS = ("1", "2", "3", "4", "5")
+
+
+def test_the_next_sample_runs_while_frames_are_written(run, tiny_predictor, monkeypatch):
+    begun, module = threading.Event(), tiny_predictor(num_frames=1)
+    generate = module.generate
+
+    def noted(samples, *args):
+        if samples[0].id == "2":
+            begun.set()
+        return generate(samples, *args)
+
+    module.generate = noted
+    waited = []
+    disk = Disk(monkeypatch, lambda path: waited.append(begun.wait(20)) if path.stem == "1" else None)
+    run([FrameWriter()], module, ids=IDS)
+    assert waited == [True]
+    assert disk.written == list(IDS)
+
+
+def test_a_slow_disk_holds_the_run_up_before_memory_is_full(run, tiny_predictor, monkeypatch):
+    module, made = tiny_predictor(num_frames=1), []
+
+    def before(path):
+        time.sleep(0.3)
+        made.append(len(module.made))
+
+    disk = Disk(monkeypatch, before)
+    run([FrameWriter()], module, ids=IDS)
+    # the frames of two samples are kept, and a third's are just being made
+    assert made == [3, 4, 5, 5, 5]
+    assert disk.written == list(IDS)
+
+
+def test_frames_that_cannot_be_written_stop_the_run_and_are_made_again(run, tiny_predictor, monkeypatch):
+    def full(path):
+        if path.stem == "2":
+            raise OSError("No space left on device")
+
+    Disk(monkeypatch, full)
+    module = tiny_predictor(num_frames=1)
+    with pytest.raises(OSError, match="No space left"):
+        run([Results(), FrameWriter()], module, ids=IDS)
+    made = [name for _, name in module.made]
+    assert made in (["1", "2", "3"], ["1", "2", "3", "4"])
+    rows = [row["id"] for row in read_table(run.folder / "samples.part0.csv")]
+    # the batch in whose hook the error was told is not written
+    assert rows == [name for name in made[:-1] if name != "2"]
+
+    monkeypatch.undo()
+    run([Results(), FrameWriter()], tiny_predictor(num_frames=1), ids=IDS)
+    assert [name for _, name in run.module.made] == [name for name in IDS if name not in rows]
+    assert len(read_table(run.folder / "samples.csv")) == 5
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_is_stopped_writes_what_is_made(run, tiny_predictor, monkeypatch, error):
+    Disk(monkeypatch, lambda path: time.sleep(0.2))
+    module = tiny_predictor(num_frames=1, fail_at="3", error=error)
+    with pytest.raises((error, SystemExit)):
+        run([Results(), FrameWriter()], module, ids=IDS)
+    folder = run.folder / "frames" / "steps=2"
+    assert sorted(path.name for path in folder.iterdir()) == ["1.png", "2.png"]
+    assert [row["id"] for row in read_table(run.folder / "samples.part0.csv")] == ["1", "2"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("frame_writer")]
+
+
+def test_an_error_of_the_run_is_not_hidden_by_one_of_the_disk(run, tiny_predictor, monkeypatch, caplog):
+    def full(path):
+        time.sleep(0.2)
+        raise OSError("No space left on device")
+
+    Disk(monkeypatch, full)
+    with pytest.raises(RuntimeError):
+        run([FrameWriter()], tiny_predictor(num_frames=1, fail_at="2"), ids=IDS)
+    assert "No space left on device" in caplog.text

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from asyncdiff_pl.callbacks import DiffusionProgressBar, Results
+from asyncdiff_pl.callbacks import DiffusionProgressBar, Results, progress
 from asyncdiff_pl.callbacks.progress import Measured, Pace
 
 NOTHING = Measured(0, 0, 0, 0)
@@ -33,6 +33,47 @@ def test_a_terminal_shows_the_step_in_work_and_the_time_left(run, tiny_predictor
     assert "00:00 left" in text
     assert "3/3" in text
     assert "(4 steps)" not in text
+
+
+class Late:
+    """A device that is through with all steps of a sample long after the CPU launched them."""
+
+    steps = 0
+
+    def __init__(self, device):
+        pass
+
+    def mark(self):
+        Late.steps += 1
+        return Late.steps
+
+    def is_past(self, mark):
+        return Late.is_done
+
+    def milliseconds(self, start, end):
+        return 5000.0 * (end - start)
+
+
+def test_steps_that_the_device_is_not_through_with_do_not_count(run, tiny_predictor, monkeypatch):
+    terminal, module = Terminal(), tiny_predictor(4)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(progress, "Clock", Late)
+    generate = module.generate
+
+    def slow(*args):
+        Late.is_done = False
+        frames = generate(*args)
+        Late.is_done = True
+        return frames
+
+    module.generate = slow
+    run([DiffusionProgressBar(refresh_seconds=0)], module, ids=("1", "2", "3"), bar=True)
+    text = terminal.getvalue()
+    assert "step 1/4" not in text
+    assert "step 4/4" in text
+    # two more samples of four steps, after the first
+    assert "1/3" in text
+    assert "5.00 s a step, 00:40 left" in text
 
 
 def test_a_run_that_goes_on_counts_what_is_left(run, tiny_predictor, capsys):

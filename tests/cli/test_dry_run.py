@@ -9,6 +9,7 @@ CUT = '[["conv_in", "down_blocks"], ["mid_block", "up_blocks", "conv_norm_out", 
 
 STEPS = ("--model.num_inference_steps", "25")
 NOISE = "--trainer.strategy.warm_up={until_noise: 0.98}"
+AUTO = ("--trainer.strategy.stages", "1", "--trainer.strategy.layout", "auto")
 DRIFT = "--trainer.strategy.warm_up={until_drift: 0.1, at_most: 9}"
 
 
@@ -59,6 +60,12 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
         (["--trainer.strategy", "ddp"], "ranks", "2 on cpu: 2 data groups of 1 (DDPStrategy)"),
         (["--frame_writer.png", "false", "--frame_writer.animation", "none"], "disk", "about 0.0 MiB"),
         (["--trainer.strategy.cut", CUT], "cut", "stages of "),
+        (
+            [*AUTO, "--trainer.devices", "2"],
+            "ranks",
+            "1 data group of 2 (asyncdiff, stages 1, stride 1, warm_up 3, cfg 2",
+        ),
+        ([*AUTO, "--trainer.strategy.balance", "measured"], "layout", "by counted operations; the run itself measures"),
     ],
 )
 def test_what_a_setting_changes(dry_run, arguments, name, text):

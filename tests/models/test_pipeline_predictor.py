@@ -312,10 +312,11 @@ def test_the_size_of_the_results_is_known_early(place, name, settings, data, exp
     assert PipelinePredictor(place(name), **settings).picture_size(*data) == expected
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "dit", "upscaler"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "dit", "upscaler", "animatediff"])
 def test_the_example_call_is_the_pipelines_call(predictor, place, name):
+    kind, settings, *_ = KINDS["animatediff"] if name == "animatediff" else (name, {})
     size = {} if name in ("dit", "upscaler") else {"height": 64, "width": 64}
-    module = predictor(name, **size)
+    module = predictor(kind, **settings, **size)
     calls = []
     hook = module.denoiser.register_forward_pre_hook(
         lambda unet, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -327,7 +328,7 @@ def test_the_example_call_is_the_pipelines_call(predictor, place, name):
     def shapes(value):
         return tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, torch.Tensor) else x, value)
 
-    if name in ("sd", "sdxl", "upscaler"):
+    if name in ("sd", "sdxl", "upscaler", "animatediff"):
         # timesteps are of the scheduler's own format
         calls[0] = ((calls[0][0][0],), calls[0][1])
         args = args[:1]

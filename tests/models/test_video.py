@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models import VideoPredictor
 from asyncdiff_pl.models.base import sample_seed
+from asyncdiff_pl.parallel import parallelize
 
 
 def picture(seed, width=64, height=64):
@@ -67,6 +68,15 @@ def test_noise_follows_from_seed_and_id(predictor, tiny):
     assert np.array_equal(pixels(first), pixels(elsewhere))
     (reseeded,) = predictor(seed=1).predict_step([sample("a")])
     assert not np.array_equal(pixels(first), pixels(reseeded))
+
+
+def test_calls_that_trace_a_new_shape_are_not_timed(predictor):
+    module = predictor(num_frames=2, num_inference_steps=1)
+    handle = parallelize(module.pipeline, stages=2, warm_up=1, simulate=True, trajectory=module.trajectory)
+    widths = [64, 64, 128, 64, 128]
+    timed = [module.predict_step([sample("a", width=width)])[0].timed for width in widths]
+    assert timed == [False, True, False, True, True]
+    handle.remove()
 
 
 def test_the_image_matters(tiny):

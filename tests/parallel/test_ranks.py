@@ -12,8 +12,10 @@ import torch.distributed as dist
 from cuts import split_attentions
 from denoisers import NAMES, Sampler, build, ddim
 from diffusers import DDPMScheduler
+from fake_graph import FakeRecorder, captured
 from pipeline_scenarios import PIPELINES
 from ranks import run_ranks
+from torch.utils._pytree import tree_map
 from traces import known_traces, shared_traces, take_traces
 
 from asyncdiff_pl.parallel import WarmUp, parallelize
@@ -112,7 +114,7 @@ def by_need_with_guidance(simulate):
     return by_need(simulate, cfg=2, warm_up=WarmUp(until_noise=0.97, until_drift=0.35, at_most=6))
 
 
-def late_receiver(simulate):
+def late_receiver(simulate, **settings):
     """FreeU writes into what was sent while the other rank is not there yet to receive it."""
     inside = [f"up_blocks.1.{part}" for part in ("resnets.0", "attentions.0")]
     after = [f"up_blocks.1.{part}" for part in ("resnets.1", "attentions.1", "resnets.2", "attentions.2", "upsamplers")]
@@ -120,7 +122,7 @@ def late_receiver(simulate):
     cut.append([*after, "up_blocks.2", "up_blocks.3", "conv_norm_out", "conv_out"])
     denoiser, scheduler = build("sd15"), ddim()
     denoiser.enable_freeu(0.9, 0.2, 1.5, 1.6)
-    parallelize(denoiser, stages=2, warm_up=1, cut=cut, simulate=simulate, scheduler=scheduler)
+    parallelize(denoiser, stages=2, warm_up=1, cut=cut, simulate=simulate, scheduler=scheduler, **settings)
 
     def before_step(step):
         if not simulate and dist.get_rank() == 1:
@@ -142,6 +144,114 @@ def autocast(simulate):
         return sample("sd21", simulate, stages=2, warm_up=1)
 
 
+# -- exact steps from stage to stage: the ranks compute in relay what one process computes whole -------------------
+
+
+def in_relay(simulate, **settings):
+    return settings if simulate else {"warm_up_mode": "relay"} | settings
+
+
+def relay(simulate):
+    return [latents for name in NAMES for latents in sample(name, simulate, steps=4, **in_relay(simulate, stages=2))]
+
+
+def relay_of_other_inputs(simulate):
+    """The first cut that is found serves all of them, since weights stay where they are."""
+    if not simulate:
+        return changes(simulate, warm_up_mode="relay")
+    denoiser, scheduler = build("sd21"), ddim()
+    handle = parallelize(denoiser, stages=2, simulate=True, scheduler=scheduler)
+    Sampler("sd21")(denoiser, scheduler, 1)
+    return changes(simulate, cut=handle.cut)
+
+
+def relay_of_two_calls_a_step(simulate):
+    return two_calls_a_step(simulate, **in_relay(simulate))
+
+
+def relay_before_writing_in_place(simulate):
+    return late_receiver(simulate, **in_relay(simulate))
+
+
+def relay_in_inference_mode(simulate):
+    with torch.inference_mode():
+        return [latents.clone() for latents in sample("sd21", simulate, steps=4, **in_relay(simulate, stages=2))]
+
+
+def relay_in_half_precision(simulate):
+    denoiser, scheduler, sampler = build("svd").to(torch.bfloat16), ddim(), Sampler("svd")
+    sampler.latents, sampler.condition, sampler.kwargs = tree_map(
+        lambda tensor: tensor.to(torch.bfloat16), (sampler.latents, sampler.condition, sampler.kwargs)
+    )
+    parallelize(denoiser, simulate=simulate, scheduler=scheduler, **in_relay(simulate, stages=2))
+    return [sampler(denoiser, scheduler, 4)]
+
+
+def relay_over_three(simulate):
+    settings = in_relay(simulate, stages=3, warm_up=2, refresh_every=3)
+    return [latents for name in ("sdxl", "svd") for latents in sample(name, simulate, **settings)]
+
+
+def relay_with_an_extra_rank(simulate):
+    return sample("sd21", simulate, steps=9, **in_relay(simulate, stages=2, stride=2, time_shift=True, refresh_every=4))
+
+
+def relay_over_four(simulate):
+    settings = in_relay(simulate, stages=4, warm_up=WarmUp(until_noise=0.97))
+    return [latents for name in ("sd15", "animatediff") for latents in sample(name, simulate, **settings)]
+
+
+def relay_of_halves(simulate):
+    return sample("sdxl", simulate, **in_relay(simulate, stages=2, cfg=2))
+
+
+# -- recorded steps: replays with their messages compute what one process computes without --------------------------
+
+
+def recorded(scenario, simulate, *args, **settings):
+    """A scenario whose steps are replayed on ranks."""
+    if simulate:
+        return scenario(*args, simulate, **settings)
+    with captured(FakeRecorder()) as recorder:
+        found = scenario(*args, simulate, capture=True, **settings)
+    assert recorder.replays > 0
+    return found
+
+
+def three_samples(name, simulate, **settings):
+    return sample(name, simulate, [Sampler(name, seed=seed) for seed in range(3)], **settings)
+
+
+def recorded_in_two(simulate):
+    found = recorded(three_samples, simulate, "sd15", stages=2, warm_up=2)
+    return found + recorded(three_samples, simulate, "svd", cfg=2, steps=3)
+
+
+def recorded_changes(simulate):
+    return recorded(changes, simulate)
+
+
+def recorded_two_calls_a_step(simulate):
+    return recorded(two_calls_a_step, simulate)
+
+
+def recorded_by_need(simulate):
+    return recorded(by_need, simulate)
+
+
+def recorded_relay(simulate):
+    return recorded(three_samples, simulate, "sd21", **in_relay(simulate, stages=2, refresh_every=3))
+
+
+def recorded_with_an_extra_rank(simulate):
+    return recorded(three_samples, simulate, "sd21", stages=2, stride=2, warm_up=2, time_shift=True)
+
+
+def recorded_in_four(simulate):
+    found = recorded(three_samples, simulate, "sdxl", stages=2, cfg=2, refresh_every=3)
+    return found + recorded(three_samples, simulate, "sd21", stages=4, warm_up=1)
+
+
 SCENARIOS = {
     2: [
         guidance,
@@ -152,9 +262,34 @@ SCENARIOS = {
         late_receiver,
         inference_mode,
         autocast,
+        relay,
+        relay_of_other_inputs,
+        relay_of_two_calls_a_step,
+        relay_before_writing_in_place,
+        relay_in_inference_mode,
+        relay_in_half_precision,
+        recorded_in_two,
+        recorded_changes,
+        recorded_two_calls_a_step,
+        recorded_by_need,
+        recorded_relay,
     ],
-    3: [changes_with_stride, blocks_of_an_attention, by_need_with_an_extra_rank],
-    4: [guidance_and_stages, ahead_with_an_extra_rank, by_need_with_guidance],
+    3: [
+        changes_with_stride,
+        blocks_of_an_attention,
+        by_need_with_an_extra_rank,
+        relay_over_three,
+        relay_with_an_extra_rank,
+        recorded_with_an_extra_rank,
+    ],
+    4: [
+        guidance_and_stages,
+        ahead_with_an_extra_rank,
+        by_need_with_guidance,
+        relay_over_four,
+        relay_of_halves,
+        recorded_in_four,
+    ],
 }
 
 # -- what is no comparison -----------------------------------------------------------------------------------------
@@ -208,6 +343,40 @@ def removal_on_ranks(rank):
     assert torch.equal(sampler(denoiser, scheduler, 5), expected)
 
 
+def relay_is_removed_on_ranks(rank):
+    """With weights of other ranks away while it is there, and a sample broken off."""
+    denoiser, scheduler, sampler = build("sd21"), ddim(), Sampler("sd21")
+    expected = sampler(denoiser, ddim(), 5)
+    handle = parallelize(denoiser, stages=2, warm_up_mode="relay", scheduler=scheduler)
+    sampler(denoiser, scheduler, 9, stop=5)
+    assert any(weight.isnan().any() for weight in denoiser.parameters())
+    handle.remove()
+    assert torch.equal(sampler(denoiser, scheduler, 5), expected)
+
+
+def relay_under_autocast(rank):
+    denoiser, scheduler = build("sd21"), ddim()
+    handle = parallelize(denoiser, stages=2, warm_up_mode="relay", scheduler=scheduler)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast changes them"):
+        Sampler("sd21")(denoiser, scheduler, 5)
+    handle.remove()
+
+
+def refusal_of_one_rank(rank):
+    """The other one goes on without recordings, too: their messages are in recordings of both or of none."""
+    expected = sample("sd21", True, stages=2)
+    denoiser, scheduler = build("sd21"), ddim()
+    if rank == 1:
+        # it waits for the device, which cannot be recorded
+        denoiser.conv_in.register_forward_pre_hook(lambda module, args: float(args[0].sum()) and None)
+    with captured(FakeRecorder()) as recorder, pytest.warns(UserWarning, match="Steps are not captured"):
+        handle = parallelize(denoiser, stages=2, scheduler=scheduler, capture=True)
+        assert torch.equal(Sampler("sd21")(denoiser, scheduler, 7), expected[0])
+    assert handle.capture_refusal.startswith(("another rank of the pipeline cannot", "aten._local_scalar")[rank])
+    handle.remove()
+    assert recorder.alive == recorder.replays == 0
+
+
 CHECKS = {
     2: [
         ranks_with_other_noise,
@@ -215,6 +384,9 @@ CHECKS = {
         ranks_with_other_noise_in_the_steps,
         ranks_that_do_not_fit,
         removal_on_ranks,
+        relay_is_removed_on_ranks,
+        relay_under_autocast,
+        refusal_of_one_rank,
     ]
 }
 

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from asyncdiff_pl.data import CocoCaptions
 from asyncdiff_pl.models import VideoPredictor
-from asyncdiff_pl.parallel import WarmUp
+from asyncdiff_pl.parallel import Layout, WarmUp
+from asyncdiff_pl.parallel.stages import costs
 from asyncdiff_pl.strategies import AsyncDiffStrategy
 
 
@@ -52,6 +53,17 @@ def over(strategy, devices, nodes=1, rank=0):
         ({"stages": 2, "refresh_every": 0}, "refresh_every is 0; give 2 or more"),
         ({"stages": 2, "cut": [["conv_in"]]}, "The cut has 1 stages, but stages is 2; make them equal"),
         ({"timeout": 0.0}, "timeout is 0.0 s; give a number of seconds above 0"),
+        (
+            {"layout": "auto", "stages": 2},
+            "layout auto chooses .*, but stages is 2; leave that out, or take layout fix",
+        ),
+        ({"layout": "auto", "cfg": 2}, "but cfg is 2; leave that out"),
+        ({"layout": "auto", "cut": [["conv_in"]]}, "The cut has 1 stages|but cut is"),
+        ({"layout": "auto", "simulate": True}, "but simulate is True; leave that out"),
+        (
+            {"layout": "auto", "warm_up_mode": "relay", "warm_up": WarmUp(until_drift=0.1)},
+            "warm_up_mode relay .* until_drift compares all of them",
+        ),
     ],
 )
 def test_bad_settings(settings, sentence):
@@ -69,6 +81,7 @@ def test_bad_settings(settings, sentence):
         ({"stages": 3, "stride": 2, "cfg": 2}, 8, 1),
         ({"stages": 8, "simulate": True}, 1, 1),
         ({"stages": 3, "simulate": True}, 2, 1),
+        ({"layout": "auto"}, 3, 2),
     ],
 )
 def test_ranks_that_fit(settings, devices, nodes):
@@ -106,6 +119,8 @@ def test_ranks_that_do_not_fit(settings, devices, nodes, sentence):
         ({"stages": 2}, 2, 2, 3, (1, 2), False),
         ({"stages": 2, "cfg": 2}, 8, 1, 5, (1, 2), False),
         ({"stages": 3, "simulate": True}, 2, 1, 1, (1, 2), True),
+        ({"layout": "auto"}, 4, 2, 0, (0, 2), True),
+        ({"layout": "auto"}, 4, 2, 5, (1, 2), False),
     ],
 )
 def test_who_runs_which_samples(settings, devices, nodes, rank, data, is_leader):
@@ -133,6 +148,11 @@ def test_describe(warm_up, described):
         "refresh_every": 6,
         "time_shift": True,
         "cfg": 2,
+        "layout": "fixed",
+        "capture": False,
+        "compile": "none",
+        "balance": "operations",
+        "warm_up_mode": "replicated",
         "simulate": False,
         "cut": None,
     }
@@ -215,6 +235,107 @@ def test_a_module_without_a_pipeline():
     trainer = Trainer(strategy=AsyncDiffStrategy(), accelerator="cpu", devices=1, logger=False)
     with pytest.raises(ValueError, match="LightningModule has none: subclass DiffusionPredictor"):
         trainer.predict(LightningModule(), CocoCaptions("demo", "demo"))
+
+
+# -- a layout for the devices -----------------------------------------------------------------------------------------
+
+
+def chosen(module, devices, measures=False, **settings):
+    strategy = over(AsyncDiffStrategy(layout="auto", **settings), devices)
+    choice = strategy.choose(module, (64, 64), measures)
+    strategy.settle(choice)
+    described = strategy.describe()
+    assert {name: described[name] for name in ("stages", "stride", "cfg")} == {
+        "stages": choice.layout.stages,
+        "stride": 1,
+        "cfg": choice.layout.cfg,
+    }
+    return choice
+
+
+@pytest.mark.parametrize(
+    ("devices", "guidance", "settings", "layout"),
+    [
+        (1, 3.0, {}, Layout(1)),
+        (2, 3.0, {}, Layout(1, cfg=2)),
+        (3, 3.0, {}, Layout(3)),
+        (4, 3.0, {}, Layout(2, cfg=2)),
+        (4, 1.0, {}, Layout(4)),
+        # a relay passes steps from stage to stage
+        (2, 3.0, {"warm_up_mode": "relay"}, Layout(2)),
+        # the whole denoiser is compiled
+        (2, 3.0, {"compile": "full"}, Layout(1, cfg=2)),
+    ],
+)
+def test_a_layout_for_a_number_of_devices(tiny, devices, guidance, settings, layout):
+    choice = chosen(tiny(num_inference_steps=25, max_guidance_scale=guidance), devices, **settings)
+    assert choice.layout == layout
+
+
+def test_a_layout_is_chosen_by_counted_operations(tiny):
+    choice = chosen(tiny(num_inference_steps=25), 4)
+    assert choice.basis == "counted operations"
+    assert [candidate.layout for candidate in choice.candidates] == [Layout(2, cfg=2), Layout(4)]
+    half, whole = choice.candidates
+    assert 1.8 < whole.exact_ms / half.exact_ms < 2.2
+    first, *_, last = choice.describe().splitlines()
+    assert first.split()[:4] == ["layout", "s", "a", "sample"]
+    assert last == f"layout (by counted operations): {choice.reason}"
+
+
+def test_a_layout_is_chosen_by_measured_times(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYNCDIFF_PL_CACHE", str(tmp_path))
+    # a GPU that is as slow with half of the batch as with all of it
+    monkeypatch.setattr(costs, "stopwatch_for", lambda device: lambda name, run: (run(), 10**7)[1])
+    module = tiny(num_inference_steps=25)
+    module.configure_model()
+    choice = chosen(module, 4, measures=True)
+    assert choice.basis == "measured times"
+    assert choice.layout == Layout(4)
+    half, whole = choice.candidates
+    assert half.exact_ms == whole.exact_ms
+    assert len(list((tmp_path / "costs").iterdir())) == 2
+
+
+def test_a_layout_for_an_unknown_model():
+    choice = chosen(VideoPredictor("owner/name"), 4)
+    assert choice.layout == Layout(2, cfg=2)
+    assert choice.reason == "cfg 2 x 2 stages is taken unseen, since the split of the guidance batch in it is exact."
+
+
+def test_too_many_devices_for_one_sample(tiny):
+    with pytest.raises(ValueError, match=r"finds no layout of 9 ranks for this model .*: start another number of"):
+        over(AsyncDiffStrategy(layout="auto"), 9).check_module(tiny())
+    over(AsyncDiffStrategy(layout="auto"), 10).check_module(tiny())
+    with pytest.raises(ValueError, match="finds no layout of 1 ranks"):
+        over(AsyncDiffStrategy(layout="auto", warm_up_mode="relay"), 1).check_module(tiny())
+
+
+@pytest.mark.parametrize(("devices", "layout"), [(4, Layout(4)), (3, Layout(3))])
+def test_a_run_that_goes_on_keeps_its_layout_where_it_fits(tiny, devices, layout):
+    strategy = over(AsyncDiffStrategy(layout="auto"), devices)
+    strategy.keep({"stages": 4, "stride": 1, "cfg": 1}, None)
+    assert strategy.choose(tiny(), (64, 64), False).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("settings", "cut"),
+    [
+        ({"balance": "measured"}, [["a"], ["b"]]),
+        ({}, None),
+        ({"balance": "measured", "cut": [["c"], ["d"]]}, [["c"], ["d"]]),
+    ],
+)
+def test_a_run_that_goes_on_keeps_a_measured_cut(settings, cut):
+    strategy = AsyncDiffStrategy(stages=2, **settings)
+    strategy.keep(None, [["a"], ["b"]])
+    assert strategy.cut == cut
+
+
+def test_a_layout_is_not_known_before_it_is_chosen():
+    described = AsyncDiffStrategy(layout="auto").describe()
+    assert described["layout"] == "auto"
+    assert described["stages"] is described["stride"] is described["cfg"] is None
 
 
 # -- one process ------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ class Boundary:
         output_stage: The stage that makes the denoiser's result.
         maker: Stage that makes each value; None for glue over several stages, which every consumer makes itself.
         consumers: For each value that travels, the other stages that consume it, in order.
-        order: The values that travel by the share of its stage's operations after which each is made: every rank
-            expects the messages of a step in this order.
+        order: The values that travel by the cost of what its stage computes before each is made: every rank expects
+            the messages of a step in this order.
     """
 
     owner: tuple[int, ...]
@@ -37,12 +37,13 @@ class Boundary:
         return [value for value in self.order if stage in self.consumers[value]]
 
 
-def find_boundary(graph: Graph, owner: Sequence[int]) -> Boundary:
+def find_boundary(graph: Graph, owner: Sequence[int], costs: Sequence[int] | None = None) -> Boundary:
     """Works out the boundary tensors of a cut.
 
     Args:
         graph: The denoiser's units and values.
         owner: Stage of each unit.
+        costs: What each unit costs; None counts its operations.
     """
     whole = {
         output.leaves[at].value
@@ -79,8 +80,8 @@ def find_boundary(graph: Graph, owner: Sequence[int]) -> Boundary:
 
     done = [0] * (max(owner) + 1)
     done_after: list[int] = []
-    for number, unit in enumerate(graph.units):
-        done[owner[number]] += unit.flops
+    for number, cost in enumerate(costs or [unit.flops for unit in graph.units]):
+        done[owner[number]] += cost
         done_after.append(done[owner[number]])
     made_at: dict[int, int] = {}
     newest = [0] * len(done)

@@ -11,7 +11,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.stages.absent import Absent
+from asyncdiff_pl.parallel.stages.phases import Phases
 from asyncdiff_pl.parallel.stages.program import Program
+from asyncdiff_pl.parallel.stages.relay import RelayWorker
 from asyncdiff_pl.parallel.stages.units import Output
 from asyncdiff_pl.parallel.stages.worker import Worker
 from asyncdiff_pl.parallel.warm_up import Drift, Span
@@ -22,6 +24,8 @@ class Stream:
     """One of the denoiser calls that a step makes: it has its own stale values."""
 
     signature: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the denoiser computes."""
     begins: int = 0
     """Step at which its warm-up began."""
     span: Span = field(default_factory=lambda: Span(1, None))
@@ -42,6 +46,42 @@ class Stream:
     """Tensors like those of a result, for one half, on the meta device; and how a result is nested."""
     ahead: list[list[torch.Tensor]] = field(default_factory=list)
     """Estimates of the next step that were made in this one, one a half."""
+    phases: Phases | None = None
+    """Recordings of its steps; None where they are not captured."""
+
+    @property
+    def all_workers(self) -> list[Worker]:
+        """The stage ranks of all halves."""
+        return [worker for half in self.workers for worker in half]
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of boundary tensors that its exchanges were given to send."""
+        return sum(exchange.sent_bytes for exchange in self.exchanges)
+
+    @property
+    def held(self) -> tuple[object, ...]:
+        """Tells the buffers of its stage ranks from others."""
+        return tuple(worker.held for worker in self.all_workers)
+
+    def join(self) -> None:
+        """Waits for all messages that are under way; on a GPU only the stream does."""
+        for part in (*self.exchanges, *self.all_workers):
+            part.join()
+
+    def abandon(self) -> None:
+        """Forgets the messages of a recording that came to nothing."""
+        for part in (*self.exchanges, *self.all_workers):
+            part.abandon()
+
+    def drop(self) -> None:
+        """Forgets all recordings and all stale values."""
+        if self.phases is not None:
+            self.phases.drop()
+        for worker in self.all_workers:
+            worker.drop()
+        for exchange in self.exchanges:
+            exchange.drop()
 
 
 @dataclass
@@ -61,7 +101,7 @@ class StageCall:
     stream: Stream
     half: int
     device: torch.device
-    worker: Worker | None = None
+    worker: Worker | RelayWorker | None = None
     sends: bool = False
     drift: Drift | None = None
     first_rank: int = 0

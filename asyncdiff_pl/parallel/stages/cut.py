@@ -1,9 +1,9 @@
 """Which stage owns which unit: a cut that is given by module names, or found.
 
 A found cut is contiguous in the order of execution, or folded: its last stage owns both ends of the denoiser, which
-keeps the large outer skip connections at home. The slowest stage's share of the operations counts first; among cuts
-within `TOLERANCE` of the best, the one with the fewest stale bytes is taken. Operations are counted, not measured, so
-that every rank and every run comes to the same cut.
+keeps the large outer skip connections at home. The slowest stage's share of the costs counts first; among cuts within
+`TOLERANCE` of the best, the one with the fewest stale bytes is taken. Costs are operations, which are counted, so that
+every rank and every run comes to the same cut; or they are times, which ranks must have agreed on.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def resolve_cut(graph: Graph, cut: Sequence[Sequence[str]], leaves_out: bool = F
     return [stage for stage in owner if stage is not None]
 
 
-def find_cut(graph: Graph, stages: int) -> list[int]:
+def find_cut(graph: Graph, stages: int, costs: Sequence[int] | None = None) -> list[int]:
     """Finds the stage of each unit for a number of stages.
 
     Args:
         graph: The denoiser's units, at the shapes in use.
         stages: Number of stages.
+        costs: What each unit costs; None counts its operations.
 
     Raises:
         ValueError: There are more stages than units.
@@ -64,7 +65,7 @@ def find_cut(graph: Graph, stages: int) -> list[int]:
         return [0] * len(graph.units)
     if stages > len(graph.units):
         raise ValueError(f"{stages} stages are more than the denoiser's {len(graph.units)} units; take fewer stages.")
-    search = _Search(graph)
+    search = _Search(graph, costs)
     limit = math.floor(search.least_maximum(stages) * (1 + TOLERANCE))
     candidates = []
     for _, slowest, bounds in search.partitions(stages, limit):
@@ -98,20 +99,20 @@ def cut_hash(names: Sequence[Sequence[str]]) -> str:
 class _Search:
     """Searches the cuts whose stages are `[a, b), ..., [y, z)` and, last, `[0, a)` with `[z, end)`."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, costs: Sequence[int] | None) -> None:
         self.graph = graph
         self.size = len(graph.units)
         self.before = [0]
-        """Operations of the units before each."""
-        for unit in graph.units:
-            self.before.append(self.before[-1] + unit.flops)
+        """Cost of the units before each."""
+        for cost in costs or [unit.flops for unit in graph.units]:
+            self.before.append(self.before[-1] + cost)
         self._span_cache: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def cost(self, start: int, end: int) -> int:
         return self.before[end] - self.before[start]
 
     def least_maximum(self, stages: int) -> int:
-        """The smallest share, in operations, that the slowest stage can have."""
+        """The smallest share of the costs that the slowest stage can have."""
         low, high = self.before[-1] // stages, self.before[-1]
         while low < high:
             middle = (low + high) // 2
@@ -136,7 +137,7 @@ class _Search:
         """For each pair of ends of the folded stage, the best cut within the limit.
 
         Yields:
-            Stale bytes, operations of the slowest stage, and the bounds.
+            Stale bytes, cost of the slowest stage, and the bounds.
         """
         for start in range(self.size):
             if self.before[start] > limit:

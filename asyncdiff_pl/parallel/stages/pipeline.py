@@ -9,51 +9,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
-from asyncdiff_pl.parallel.guidance import find_latents, join_halves, split_batch
-from asyncdiff_pl.parallel.layout import Layout
+from asyncdiff_pl.parallel.guidance import Halves
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
-from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
+from asyncdiff_pl.parallel.stages.call import Stream
+from asyncdiff_pl.parallel.stages.costs import agreed_costs
+from asyncdiff_pl.parallel.stages.hooks import install, uninstall, with_signature
+from asyncdiff_pl.parallel.stages.phases import Inputs, Made, Phase, number_format
+from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
 from asyncdiff_pl.parallel.stages.program import Program
+from asyncdiff_pl.parallel.stages.recordings import Recordings
+from asyncdiff_pl.parallel.stages.relay import traced_likes
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
+from asyncdiff_pl.parallel.stages.settings import Settings
+from asyncdiff_pl.parallel.stages.steps import Steps
+from asyncdiff_pl.parallel.stages.streams import Streams
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
-from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
+from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
-from asyncdiff_pl.parallel.warm_up import Drift, Span, WarmUp, is_still, noise_levels, span_of
-
-HOOK = "asyncdiff_pl"
-"""Name of our hooks in diffusers' registry."""
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a denoiser call."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a denoiser is run in stages.
-
-    Args:
-        layout: Stages, stride and guidance axis.
-        warm_up: Exact steps at the start of each sample, or until when steps are exact.
-        time_shift: Whether asynchronous steps use the timestep of the step before.
-        cut: For each stage the names of its modules; None finds a cut.
-        refresh_every: Each how many-th step after warm-up is exact again; None for none.
-    """
-
-    layout: Layout
-    warm_up: int | WarmUp = 3
-    time_shift: bool = False
-    cut: Sequence[Sequence[str]] | None = None
-    refresh_every: int | None = None
+from asyncdiff_pl.parallel.warm_up import Span, WarmUp, is_still, noise_levels, span_of
 
 
 class StagePipeline(TrajectoryListener):
@@ -79,41 +61,42 @@ class StagePipeline(TrajectoryListener):
         self.trajectory = trajectory
         self.settings = settings
         self.exchange = exchange
-        layout = settings.layout
-        self.half, self.rank = coordinates
-        self.halves = [self.half] if exchange else list(range(layout.cfg))
-        self.ranks = [self.rank] if exchange else list(range(layout.stage_ranks))
         self.program: Program | None = None
         """Graph and cut of the first denoiser call of a step; None before it."""
         self.asynchronous_steps = 0
         """Steps so far in which boundary tensors may have travelled."""
         self.exact_steps = 0
         """Steps of the sample in work, or of the last one, that were computed exactly."""
+        self.sent_bytes = 0
+        """Bytes of boundary tensors that this process has sent so far."""
         self._last_exact: int | None = None
-        self._first_batch = 0
-        self._sent_before = 0
         self._programs: dict[Any, Program] = {}
-        self._streams: dict[int, Stream] = {}
-        self._forward = denoiser.forward
+        self._met: set[Any] = set()
+        self._streams = Streams()
+        self._forward = with_signature(denoiser.forward)
+        self.recordings = Recordings(denoiser, self._forward, exchange, settings.capture)
+        self._steps = Steps(settings.layout, exchange, coordinates, lambda: self.recordings.are_made)
+        self._halves = Halves(self._forward, settings.layout.cfg)
         self._twin = meta_twin(denoiser)
-        self._active: StageCall | None = None
         containers, pieces = split_modules(denoiser)
+        if settings.layout.stages == 1 and settings.compile != "blocks":
+            # nothing is decided below the denoiser, which may be compiled as a whole
+            containers, pieces = {}, {}
+        self._compiled: Compiled | None = None
+        if settings.compile != "none":
+            self._compiled = Compiled(denoiser, pieces if settings.compile == "blocks" else {"": denoiser})
+        self._placement: Placement | None = None
+        if settings.warm_up_mode == "relay":
+            self._placement = Placement(denoiser, pieces, device_of_rank(denoiser))
         for name, module in pieces.items():
-            _install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
+            install(module, lambda call, args, kwargs, name=name: self._run_piece(name, call, args, kwargs))
         for name, module in containers.items():
-            _install(module, lambda call, args, kwargs, name=name: self._run_container(name, call, args, kwargs))
-        _install(denoiser, self._run_denoiser)
+            install(module, lambda call, args, kwargs, name=name: self._run_container(name, call, args, kwargs))
+        run = self._run_denoiser
+        install(denoiser, run if self._compiled is None else self._compiled.allowing_all_kinds(run))
         trajectory.subscribe(self)
 
     # -- handle -------------------------------------------------------------------------------------------------
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes of boundary tensors that this process has sent so far."""
-        if self.exchange is not None:
-            return self.exchange.sent_bytes
-        streams = self._streams.values()
-        return self._sent_before + sum(exchange.sent_bytes for stream in streams for exchange in stream.exchanges)
 
     @property
     def bytes_per_step(self) -> int:
@@ -131,69 +114,51 @@ class StagePipeline(TrajectoryListener):
 
     def reset(self) -> None:
         """Forgets the sample in work, with all stale values."""
-        self._sent_before = self.sent_bytes
-        for stream in self._streams.values():
-            for worker in [worker for half in stream.workers for worker in half]:
-                worker.drop()
-            for exchange in stream.exchanges:
-                exchange.drop()
-        self._streams.clear()
+        if self.recordings.are_made:
+            # recordings know the buffers by their place
+            self._streams.join()
+        else:
+            self._streams.drop()
 
     def remove(self) -> None:
         """Gives the denoiser back as it was."""
-        self.reset()
+        self._streams.drop()
         self.trajectory.unsubscribe(self)
-        HookRegistry.check_if_exists_or_initialize(self.denoiser).remove_hook(HOOK, recurse=True)
-        for module in self.denoiser.modules():
-            if hasattr(module, "_diffusers_hook") and not module._diffusers_hook.hooks:
-                # the registry is ours, and so is the attribute that hides the class's own forward
-                del module._diffusers_hook
-                if vars(module).get("forward") == type(module).forward.__get__(module):
-                    del module.forward
+        uninstall(self.denoiser)
+        if self._compiled is not None:
+            self._compiled.remove()
+        if self._placement is not None:
+            self._placement.remove()
 
     # -- what the trajectory tells ------------------------------------------------------------------------------
 
     def on_sample_begin(self, trajectory: Trajectory) -> None:
         """Begins warm-up anew."""
         self.exact_steps, self._last_exact = 0, None
-        for stream in self._streams.values():
-            stream.next_position = None
+        self._streams.begin_sample()
+        self.recordings.look_again()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
     def _run_denoiser(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stream = self._streams.setdefault(self.trajectory.call, Stream())
-        stream.is_whole = self._is_without_guidance(args, kwargs)
+        is_first = self.trajectory.position == self.trajectory.call == 0
+        is_whole = self._halves.are_one(args, kwargs, is_first)
         # without guidance both groups compute the same; one process that plays them computes it once
-        halves_here = self.halves[:1] if stream.is_whole else self.halves
-        inputs = [self._half_of(stream, args, kwargs, half) for half in halves_here]
-        self._prepare(stream, inputs[0])
+        halves_here = self._steps.halves[:1] if is_whole else self._steps.halves
+        inputs = [(args, kwargs) if is_whole else self._halves(args, kwargs, half) for half in halves_here]
+        stream = self._prepare(is_whole, inputs[0])
         step = self.trajectory.position - stream.begins
         num_steps = self.trajectory.num_steps - stream.begins
         plan = self._plan(stream, step, num_steps)
+        if self._compiled is not None:
+            call = self._compiled.wrap("", call)
         if plan.is_exact:
-            halves = self._exact(stream, plan, step, call, inputs)
-            if self.exchange is not None and self.settings.layout.cfg == 2 and not stream.is_whole:
-                halves = self.exchange.gather_halves(halves[0])
+            estimate = self._exact(stream, plan, step, call, inputs)
         else:
             self.asynchronous_steps += self.trajectory.call == 0
-            halves = self._asynchronous(stream, plan, call, inputs)
+            estimate = self._asynchronous(stream, plan, call, inputs)
         assert stream.result is not None
-        return tree_unflatten(_into(join_halves(halves), stream.result[0]), stream.result[1])
-
-    def _is_without_guidance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call has no guidance batch, unlike the sample's first: guidance ended, or never belonged to it."""
-        if self.settings.layout.cfg == 1:
-            return False
-        batch = find_latents(self._forward, args, kwargs).shape[0]
-        if self.trajectory.position == self.trajectory.call == 0:
-            self._first_batch = batch
-        return 2 * batch == self._first_batch
-
-    def _half_of(self, stream: Stream, args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Inputs:
-        if self.settings.layout.cfg == 1 or stream.is_whole:
-            return args, kwargs
-        return split_batch(self._forward, args, kwargs, half)
+        return tree_unflatten(_into(estimate, stream.result[0]), stream.result[1])
 
     def _plan(self, stream: Stream, step: int, num_steps: int) -> StepPlan:
         settings, layout = self.settings, self.settings.layout
@@ -221,181 +186,168 @@ class StagePipeline(TrajectoryListener):
 
     def _exact(
         self, stream: Stream, plan: StepPlan, step: int, call: Callable[..., Any], inputs: list[Inputs]
-    ) -> list[list[torch.Tensor]]:
-        """Runs the whole denoiser on each half; boundary tensors are kept for an asynchronous step that may follow."""
+    ) -> list[torch.Tensor]:
+        """Makes an exact step; boundary tensors are kept for an asynchronous step that may follow."""
         if self.trajectory.call == 0:
             self.exact_steps += 1
-        if plan.fills:
-            for worker in [worker for half in stream.workers for worker in half]:
-                # a buffer that nobody read may still be received into
-                worker.settle()
+        if plan.fills or self._placement is not None:
+            for worker in stream.all_workers:
+                worker.restart(number_format(stream.device))
         # only steps of one warm-up are compared: what is there before it is another sample's
         is_compared = plan.fills and stream.warm_up is None and step > 0 and step + 1 >= stream.span.fewest
-        drift = Drift(self.settings.layout.pipeline_ranks, self._device) if is_compared else None
-        halves = []
-        for at, (args, kwargs) in enumerate(inputs):
-            if plan.fills:
-                first_rank = self.halves[at] * self.settings.layout.stage_ranks
-                stage_call = StageCall(stream, at, self._device, drift=drift, first_rank=first_rank)
-                result = self._run_in(stage_call, call, args, kwargs)
-            else:
-                result = call(*args, **kwargs)
-            leaves, spec = tree_flatten(result)
-            stream.result = [like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
-            halves.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
-        self._end_warm_up(stream, step, drift)
-        if step + 1 == stream.warm_up or (plan.fills and stream.warm_up is not None):
-            self._last_exact = self.trajectory.position
-        return halves
+        phase = Phase("fill" if plan.fills else "relay" if self._placement else "exact", is_compared)
+        steps, position = self._steps, self.trajectory.position
 
-    def _end_warm_up(self, stream: Stream, step: int, drift: Drift | None) -> None:
+        def compute(given: list[Inputs]) -> Made:
+            if self._placement is not None:
+                return steps.in_relay(stream, plan, call, given[0], position)
+            return steps.exact(stream, plan, call, given, is_compared)
+
+        made = self._run_phase(stream, phase, inputs, compute)
+        self._end_warm_up(stream, step, made.drift)
+        if step + 1 == stream.warm_up or (plan.fills and stream.warm_up is not None):
+            self._last_exact = position
+        return made.estimate
+
+    def _end_warm_up(self, stream: Stream, step: int, drift: torch.Tensor | None) -> None:
         """Decides, alike on all ranks, whether a warm-up whose end was not known is over with this step."""
         if stream.warm_up is not None:
             return
         settings, still = self.settings.warm_up, False
         assert isinstance(settings, WarmUp) and settings.until_drift is not None
         if drift is not None:
-            sums = drift.sums() if self.exchange is None else self.exchange.add_up(drift.sums())
+            sums = drift if self.exchange is None else self.exchange.add_up(drift)
             still = is_still(sums, settings.until_drift)
         if stream.span.ends(step + 1, still):
             stream.warm_up = step + 1
 
     def _asynchronous(
-        self,
-        stream: Stream,
-        plan: StepPlan,
-        call: Callable[..., Any],
-        inputs: list[Inputs],
-    ) -> list[list[torch.Tensor]]:
-        assert stream.program is not None
-        made: dict[tuple[int, int], list[torch.Tensor]] = {}
-        for at, (args, kwargs) in enumerate(inputs):
+        self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: list[Inputs]
+    ) -> list[torch.Tensor]:
+        """Runs each rank's stage on each half, with what the other ranks made in the step before."""
+        turns, given = [], []
+        for at, half in enumerate(inputs):
             for worker in stream.workers[at]:
                 turn = plan.turns[worker.rank]
-                if turn is None:
-                    continue
-                exchange = stream.exchanges[at]
-                if plan.exchanges:
-                    exchange.begin(worker, stream.program.messages, self.trajectory.position)
-                step = turn.timestep + stream.begins
-                # each run gets lists of its own: UNets take T2I adapters' residuals out of theirs
-                own_args, own_kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
-                given = with_timestep(self._forward, own_args, own_kwargs, self.trajectory, step)
-                stage_call = StageCall(stream, at, self._device, worker, plan.exchanges)
-                result = self._run_in(stage_call, call, *given)
-                if plan.exchanges:
-                    exchange.finish()
-                if worker.stage == stream.program.boundary.output_stage:
-                    made[at, worker.rank] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            if plan.exchanges:
-                for worker in stream.workers[at]:
-                    worker.turn_over()
-        return self._estimates(stream, plan, made)
+                if turn is not None:
+                    # each run gets lists of its own: UNets take T2I adapters' residuals out of theirs
+                    own = tree_map(lambda leaf: leaf, half)
+                    turns.append((at, worker))
+                    given.append(with_timestep(self._forward, *own, self.trajectory, turn.timestep + stream.begins))
+        phase = Phase(
+            "asynchronous" if plan.exchanges else "last",
+            stages=tuple(turn.stage if turn else None for turn in plan.turns),
+            estimate_from=plan.estimate_from,
+            parity=stream.all_workers[0].parity,
+        )
+        steps, position = self._steps, self.trajectory.position
+        made = self._run_phase(
+            stream, phase, given, lambda given: steps.asynchronous(stream, plan, call, turns, given, position)
+        )
+        if plan.exchanges:
+            for worker in [worker for half in stream.workers[: len(inputs)] for worker in half]:
+                worker.turn_over()
+        stream.ahead = made.ahead
+        return made.estimate
 
-    def _estimates(
-        self, stream: Stream, plan: StepPlan, made: dict[tuple[int, int], list[torch.Tensor]]
-    ) -> list[list[torch.Tensor]]:
-        """The noise estimate of this step, in halves, on every rank."""
-        assert stream.program is not None
-        output_rank = stream.program.boundary.output_stage
-        ahead, halves = stream.ahead, []
-        # what the output stage made for the next step; only its rank has it
-        computed = range(1 if stream.is_whole else len(self.halves))
-        stream.ahead = [made.get((at, output_rank), []) for at in computed]
-        for at in computed:
-            halves.append(made.get((at, plan.estimate_from), []) if plan.is_new else ahead[at])
-        if self.exchange is None:
-            return halves
-        own, layout = halves[0], self.settings.layout
-        halves = []
-        for half in range(1 if stream.is_whole else layout.cfg):
-            assert stream.result is not None
-            if half == self.half and plan.estimate_from == self.rank:
-                tensors = [tensor.contiguous() for tensor in own]
-            else:
-                device = self._device
-                tensors = [
-                    torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
-                    for leaf in stream.result[0]
-                    if isinstance(leaf, torch.Tensor)
-                ]
-            self.exchange.broadcast(tensors, half * layout.stage_ranks + plan.estimate_from)
-            halves.append(tensors)
-        return halves
+    def _run_phase(
+        self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Callable[[list[Inputs]], Made]
+    ) -> Made:
+        before = self.recordings.num_graphs
+        made = self.recordings.run(stream, phase, inputs, body, self.trajectory.position)
+        self.trajectory.has_one_time_work |= self.recordings.num_graphs > before
+        self.sent_bytes += made.sent_bytes
+        return made
 
     # -- before the first call of a kind ------------------------------------------------------------------------
 
-    def _prepare(self, stream: Stream, inputs: Inputs) -> None:
+    def _prepare(self, is_whole: bool, inputs: Inputs) -> Stream:
+        """What there is for the call in work: all that belongs to its number in the step and to its inputs' kind."""
         position = self.trajectory.position
+        stream = self._streams.of(self.trajectory.call)
         if stream.next_position != position:
             # the sample's first such call, or one after steps without it
             stream.begins = position
-            for worker in [worker for half in stream.workers for worker in half]:
+            for worker in stream.all_workers:
                 worker.settle()
         stream.next_position = position + 1
         leaves, spec = tree_flatten(without_timestep(self._forward, *inputs))
         # a whole batch looks like a half of one twice its size, but what is stale is another thing
-        signature = (tuple(_what_is_traced(leaf) for leaf in leaves), spec, stream.is_whole)
+        signature = (tuple(_what_is_traced(leaf) for leaf in leaves), spec, is_whole)
         if stream.signature == signature:
-            return
+            return stream
         if position > stream.begins and self.settings.layout.stages > 1:
             warnings.warn(
                 f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
                 stacklevel=2,
             )
-        for worker in [worker for half in stream.workers for worker in half]:
-            worker.drop()
-        stream.signature, stream.begins = signature, position
-        stream.likes.clear()
-        self._device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
-        if self.settings.layout.stages == 1:
-            return
-        if signature not in self._programs:
-            self._programs[signature] = Program.make(
-                self._twin, self._forward, self.settings.layout, self.settings.cut, *inputs, self.trajectory.call > 0
-            )
-        stream.program = self._programs[signature]
-        if self.trajectory.call == 0:
+        stream = self._streams.turn_to(self.trajectory.call, signature, self.recordings.are_made)
+        stream.begins, stream.next_position = position, position + 1
+        if stream.signature != signature:
+            stream.signature, stream.is_whole = signature, is_whole
+            stream.device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+            self._fit_out(stream, inputs)
+        if self.trajectory.call == 0 and stream.program is not None:
             self.program = stream.program
+        return stream
+
+    def _fit_out(self, stream: Stream, inputs: Inputs) -> None:
+        """Gives a kind of inputs its program and its buffers."""
+        self.trajectory.has_one_time_work |= stream.signature not in self._met
+        self._met.add(stream.signature)
+        self.recordings.begin(stream, stream.device)
+        if self._compiled is not None:
+            self._compiled.prepare(stream.device)
+        if self.settings.layout.stages > 1:
+            self._cut_into_stages(stream, inputs)
+        if self._compiled is not None and self._placement is not None:
+            # the stage's weights are here by now
+            self._compiled.prepare(stream.device)
+        # they may have another layout or place
+        self.recordings.look_again()
+
+    def _cut_into_stages(self, stream: Stream, inputs: Inputs) -> None:
+        """Gives a stream the cut for its inputs, and buffers for what its stages exchange."""
+        if stream.signature not in self._programs:
+            self._programs[stream.signature] = Program.make(
+                *(self._twin, self._forward, self.settings.layout, self._cut, *inputs),
+                leaves_out=self.trajectory.call > 0,
+                measure=self._measure(inputs),
+            )
+        stream.program = self._programs[stream.signature]
         layout, boundary = self.settings.layout, stream.program.boundary
-        stream.workers = [make_workers(self.ranks, layout.stages, boundary) for _ in self.halves]
-        self._sent_before += sum(exchange.sent_bytes for exchange in stream.exchanges)
+        stream.workers = [make_workers(self._steps.ranks, layout.stages, boundary) for _ in self._steps.halves]
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
+        if self._placement is not None:
+            worker = stream.all_workers[0]
+            self._placement.place(stream.program, worker.stage)
+            stream.likes = traced_likes(stream.program.graph.values)
+            worker.prepare(stream.likes, stream.device)
+
+    @property
+    def _cut(self) -> Sequence[Sequence[str]] | None:
+        """The cut that is given, if one is; in a relay the first that was found, since weights stay where they are."""
+        first = next(iter(self._programs.values()), None)
+        return self.settings.cut if first is None or self._placement is None else first.cut
+
+    def _measure(self, inputs: Inputs) -> Callable[[Graph], list[int]] | None:
+        """What measures a cut's costs at some inputs; None where operations are counted."""
+        settings = self.settings
+        if settings.balance == "operations":
+            return None
+        return lambda graph: agreed_costs(self.denoiser, self._forward, graph, *inputs, settings.compile, self.exchange)
 
     # -- modules ------------------------------------------------------------------------------------------------
 
-    def _run_in(
-        self, stage_call: StageCall, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self._active = stage_call
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self._active = None
-
     def _run_piece(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._active.run_piece(name, call, args, kwargs) if self._active else call(*args, **kwargs)
+        if self._compiled is not None:
+            call = self._compiled.wrap(name, call)
+        active = self._steps.active
+        return active.run_piece(name, call, args, kwargs) if active else call(*args, **kwargs)
 
     def _run_container(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._active.run_container(name, call, args, kwargs) if self._active else call(*args, **kwargs)
-
-
-def is_installed(denoiser: nn.Module) -> bool:
-    """Whether a denoiser runs in stages."""
-    return hasattr(denoiser, "_diffusers_hook") and denoiser._diffusers_hook.get_hook(HOOK) is not None
-
-
-class _Replacement(ModelHook):
-    def __init__(self, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()
-        self.run = run
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.fn_ref.original_forward, args, kwargs)
-
-
-def _install(module: nn.Module, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(_Replacement(run), HOOK)
+        active = self._steps.active
+        return active.run_container(name, call, args, kwargs) if active else call(*args, **kwargs)
 
 
 def _into(tensors: list[torch.Tensor], leaves: list[Any]) -> list[Any]:

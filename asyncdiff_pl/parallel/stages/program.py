@@ -12,6 +12,7 @@ from asyncdiff_pl.parallel.exchange import Message
 from asyncdiff_pl.parallel.guidance import find_latents
 from asyncdiff_pl.parallel.layout import Layout
 from asyncdiff_pl.parallel.stages.boundary import Boundary, find_boundary
+from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_names, find_cut, resolve_cut
 from asyncdiff_pl.parallel.stages.units import Graph, trace
 from asyncdiff_pl.parallel.stages.worker import messages
@@ -28,6 +29,7 @@ class Program:
         cut: For each stage the names of its modules.
         numbers: Number of each unit by its module name.
         runs: For each stage the containers that it must run through; it passes over all others.
+        measured: Nanoseconds of each unit that the cut balances; None where it balances operations, or was given.
     """
 
     graph: Graph
@@ -36,6 +38,7 @@ class Program:
     cut: list[list[str]]
     numbers: dict[str, int]
     runs: list[frozenset[str]]
+    measured: list[int] | None = None
 
     @classmethod
     def make(
@@ -47,6 +50,7 @@ class Program:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         leaves_out: bool = False,
+        measure: Callable[[Graph], list[int]] | None = None,
     ) -> Program:
         """Traces a denoiser and cuts it.
 
@@ -59,13 +63,15 @@ class Program:
             kwargs: Keyword arguments of that call.
             leaves_out: Whether the call may leave out modules that the cut names, as a step's second call does that
                 skips layers.
+            measure: Gives nanoseconds of each unit for a cut to balance, the same on all ranks; None counts operations.
 
         Raises:
             ValueError: The cut does not fit the denoiser, or there are more stages than units.
         """
         graph = trace(twin, args, kwargs, find_latents(forward, args, kwargs))
-        owner = find_cut(graph, layout.stages) if cut is None else resolve_cut(graph, cut, leaves_out)
-        boundary = find_boundary(graph, owner)
+        measured = measure(graph) if measure is not None and cut is None else None
+        owner = find_cut(graph, layout.stages, measured) if cut is None else resolve_cut(graph, cut, leaves_out)
+        boundary = find_boundary(graph, owner, measured)
         return cls(
             graph,
             boundary,
@@ -73,7 +79,16 @@ class Program:
             cut_names(graph, owner),
             {unit.name: number for number, unit in enumerate(graph.units)},
             [_containers_to_run(graph, boundary, stage) for stage in range(layout.stages)],
+            measured,
         )
+
+    def costs(self) -> list[UnitCost] | None:
+        """What each unit costs, in order of execution; None where nothing was measured."""
+        if self.measured is None:
+            return None
+        total = sum(self.measured)
+        units = zip(self.graph.units, self.measured, self.boundary.owner, strict=True)
+        return [UnitCost(unit.name, ns / 1e6, ns / total, stage) for unit, ns, stage in units]
 
 
 def _containers_to_run(graph: Graph, boundary: Boundary, stage: int) -> frozenset[str]:

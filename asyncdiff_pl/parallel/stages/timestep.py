@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from asyncdiff_pl.parallel.timetable import upload
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 _ROUNDING = 2**-6
@@ -35,16 +36,26 @@ def with_timestep(
     bound = inspect.signature(forward).bind(*args, **kwargs)
     given = bound.arguments["timestep"]
     if isinstance(given, torch.Tensor):
-        other = other.to(given.device)
-        if given.dtype.is_floating_point:
+        near = _on_host(given, trajectory)
+        other = other.to(near.device)
+        if near.dtype.is_floating_point:
             # rounded first, as pipelines do it; in 16 bits the ratio of two timesteps is rounded too
-            other, own = other.to(given.dtype).double(), own.to(given.device, given.dtype).double()
-            other = other * _scale(given.double(), own)
-        given = other.to(given.dtype).expand(given.shape)
+            other, own = other.to(near.dtype).double(), own.to(near.device, near.dtype).double()
+            other = other * _scale(near.double(), own)
+        given = upload(other.to(near.dtype).expand(near.shape), given.device)
     else:
         given = type(given)(other.item())
     bound.arguments["timestep"] = given
     return bound.args, bound.kwargs
+
+
+def _on_host(given: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:
+    """The timestep of the call in work where the CPU can read it without waiting, if that is known."""
+    near = trajectory.host_timestep
+    if near is None:
+        return given
+    # both halves of a guidance batch have the same
+    return near if near.shape == given.shape else near[: len(given)]
 
 
 def _scale(given: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

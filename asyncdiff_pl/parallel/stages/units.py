@@ -39,6 +39,8 @@ class Value:
         shape: Shape at the traced inputs.
         num_bytes: Size at the traced inputs.
         sources: For glue, the values it is made from; empty for a unit's own output.
+        dtype: Number format at the traced inputs.
+        stride: Strides at the traced inputs.
     """
 
     index: int
@@ -46,6 +48,8 @@ class Value:
     shape: tuple[int, ...]
     num_bytes: int
     sources: frozenset[int] = frozenset()
+    dtype: torch.dtype = torch.float32
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -301,7 +305,8 @@ class _Tracer(TorchDispatchMode):
             elif leaf in self._value_of:
                 described.append(Leaf(value=self._value_of[leaf]))
             elif (made_by := maker(leaf)) is not None:
-                value = Value(len(self.values), made_by[0], tuple(leaf.shape), leaf.nbytes, made_by[1])
+                shape, stride = tuple(leaf.shape), leaf.stride()
+                value = Value(len(self.values), made_by[0], shape, leaf.nbytes, made_by[1], leaf.dtype, stride)
                 self.values.append(value)
                 self._value_of[leaf] = value.index
                 self.sources[leaf] = frozenset((value.index,))

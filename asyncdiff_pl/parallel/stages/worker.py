@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 
@@ -27,17 +27,33 @@ class Worker:
         self._next: dict[int, torch.Tensor] = {}
         self._expected: dict[int, Pending] = {}
         self._pending: dict[int, Pending] = {}
+        self._number_format: Hashable = False
+        self.parity = 0
+        """Which of the two buffers of each value is read."""
+        self.held: object = object()
+        """Another one when the buffers are others: a recording has their addresses."""
 
     def store(self, value: int, tensor: torch.Tensor) -> None:
         """Keeps a copy of a value that this rank computed itself, in an exact step."""
         kept = self._current.get(value)
         # the number format may be another one, too: autocast does not show in the denoiser's inputs
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            # inference tensors could not be written by the threads that receive
-            with torch.inference_mode(False):
-                self._current[value] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                self._next[value] = torch.empty_like(self._current[value])
+            self._allocate(value, tensor, tensor.device)
         self._current[value].copy_(tensor)
+
+    def prepare(self, likes: Mapping[int, torch.Tensor], device: torch.device) -> None:
+        """Makes the buffers of all that is read, for a rank that never has the values themselves.
+
+        Args:
+            likes: For each value a tensor like it.
+            device: Where the buffers are to be.
+        """
+        for value in self.consumed:
+            self._allocate(value, likes[value], device)
+
+    def current(self, value: int) -> torch.Tensor:
+        """The buffer of a value that is read in this round."""
+        return self._current[value]
 
     def read(self, value: int) -> torch.Tensor:
         """The newest copy of another stage's value; waits for it if it is still under way."""
@@ -57,8 +73,34 @@ class Worker:
     def turn_over(self) -> None:
         """Begins the next round: what came in is current."""
         self.settle()
-        self._current, self._next = self._next, self._current
+        self._swap()
         self._pending, self._expected = self._expected, {}
+
+    def restart(self, number_format: Hashable) -> None:
+        """Begins with the same one of the two buffers each time that all values are to be stored anew.
+
+        Args:
+            number_format: Decides, beside the inputs, the number formats of the values.
+        """
+        # a buffer that nobody read may still be received into
+        self.settle()
+        if number_format != self._number_format:
+            # on all ranks, whether they have buffers or not
+            self._number_format, self.held = number_format, object()
+        if self.parity:
+            self._swap()
+
+    def join(self) -> None:
+        """Waits for all that is under way; on a GPU only the stream does."""
+        self.settle()
+        for pending in self._expected.values():
+            pending.wait()
+        self._expected.clear()
+
+    def abandon(self) -> None:
+        """Forgets what is under way in a recording that came to nothing."""
+        self._pending.clear()
+        self._expected.clear()
 
     def settle(self) -> None:
         """Waits for what nobody has read, so that its buffer can be received into again."""
@@ -68,11 +110,21 @@ class Worker:
 
     def drop(self) -> None:
         """Waits for all that is under way and forgets all values."""
-        self.settle()
-        self._pending, self._expected = self._expected, {}
-        self.settle()
+        self.join()
         self._current.clear()
         self._next.clear()
+        self.held = object()
+
+    def _allocate(self, value: int, like: torch.Tensor, device: torch.device) -> None:
+        # inference tensors could not be written by the threads that receive
+        with torch.inference_mode(False):
+            self._current[value] = torch.empty(like.shape, dtype=like.dtype, device=device)
+            self._next[value] = torch.empty_like(self._current[value])
+        self.held = object()
+
+    def _swap(self) -> None:
+        self._current, self._next = self._next, self._current
+        self.parity ^= 1
 
 
 def stage_of(rank: int, stages: int, output_stage: int) -> int:

@@ -1,0 +1,204 @@
+"""CUDA graphs of calls without gradients: thousands of kernels in one launch.
+
+A graph holds kernels with the addresses of their tensors. So what changes from call to call is copied into tensors that
+stay (`StaticInputs`), results are read where the recording left them, and all else is as it was when it was recorded:
+what that is for the arguments tells `frozen`, for the network `fingerprint.py`.
+
+Source: CUDA graphs in PyTorch's notes on CUDA semantics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+Result = TypeVar("Result")
+
+
+class CannotCapture(Exception):
+    """Says why there is no graph; the call itself can go on without one."""
+
+
+class Recording(Protocol):
+    """What was recorded."""
+
+    def replay(self) -> None:
+        """Runs it again on the tensors that it was recorded with."""
+
+    def drop(self) -> None:
+        """Gives its memory back; it cannot be replayed any more."""
+
+
+class Recorder(Protocol):
+    """Makes recordings that share their memory, so that one runs at a time."""
+
+    def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
+        """Records what `run` launches. It has run before: what it needs once is there.
+
+        Returns:
+            The recording, and what `run` returned: the tensors that each replay writes.
+
+        Raises:
+            CannotCapture: It does something that a graph cannot hold.
+        """
+
+
+class CudaRecorder:
+    """Records CUDA graphs.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._num_alive = 0
+
+    def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
+        """Records what `run` launches; nothing of it runs now.
+
+        Args:
+            run: Launches on the current stream, and synchronises with nothing.
+
+        Returns:
+            The graph, and what `run` returned: the tensors that each replay writes. They hold nothing yet, and keep
+            what a replay wrote until another recording of this recorder is replayed.
+
+        Raises:
+            CannotCapture: It does something that a graph cannot hold.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # where ending a failed capture raises, torch leaves its stream the current one: the outer context undoes it
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            try:
+                # process groups, data loaders and watches go on in threads of their own
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    result = run()
+            except RuntimeError as error:
+                self._recover()
+                raise CannotCapture(f"a step could not be recorded ({_first_error(error)})") from error
+        self._num_alive += 1
+        return _CudaRecording(graph, self), result
+
+    def forget(self) -> None:
+        """Counts one recording less."""
+        self._num_alive -= 1
+        if self._num_alive == 0:
+            # memory of the last graph is given back in time of its own, and the handle with it
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def _recover(self) -> None:
+        """Has torch's random numbers drawn outside of graphs again: a broken capture leaves them in it until 2.12."""
+        torch.cuda.synchronize(self.device)
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                torch.zeros(1, device=self.device)
+
+
+class _CudaRecording:
+    def __init__(self, graph: torch.cuda.CUDAGraph, recorder: CudaRecorder) -> None:
+        self._graph = graph
+        self._recorder = recorder
+
+    def replay(self) -> None:
+        """Launches the graph on the current stream."""
+        self._graph.replay()
+
+    def drop(self) -> None:
+        """Waits until no replay is under way, then frees the graph."""
+        torch.cuda.synchronize(self._recorder.device)
+        self._graph.reset()
+        self._recorder.forget()
+
+
+def recorder_for(device: torch.device, backend: str | None) -> Recorder:
+    """A recorder for a device.
+
+    Args:
+        device: Where calls are computed.
+        backend: What ranks exchange tensors with; None where there is one rank alone.
+
+    Raises:
+        CannotCapture: There are no graphs on that device, or messages cannot be in them.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise CannotCapture(f"it needs an NVIDIA GPU, and the denoiser is on {device.type}")
+    if backend not in (None, "nccl"):
+        raise CannotCapture(f"messages between ranks must go over nccl, and the process group's backend is {backend}")
+    return CudaRecorder(device)
+
+
+class StaticInputs:
+    """Tensors that a recording reads: they stay where they are, and each call's are copied into them.
+
+    Args:
+        given: Arguments of a call, nested in any way.
+        device: Where all tensors are to be; small ones may be given on the CPU.
+    """
+
+    def __init__(self, given: Any, device: torch.device) -> None:
+        leaves, self._spec = tree_flatten(given)
+        # tensors made in inference mode could not be written outside it
+        with torch.inference_mode(False):
+            self._leaves = [
+                torch.empty_like(leaf, device=device, requires_grad=False) if isinstance(leaf, torch.Tensor) else leaf
+                for leaf in leaves
+            ]
+        self.load(given)
+
+    @property
+    def given(self) -> Any:
+        """The arguments with these tensors; each time in containers of their own, since some networks take out."""
+        return tree_unflatten(self._leaves, self._spec)
+
+    def load(self, given: Any) -> None:
+        """Copies in another call's tensors, without waiting for the GPU.
+
+        Args:
+            given: Arguments of which `frozen` gives the same.
+        """
+        pairs = [
+            (to, leaf)
+            for to, leaf in zip(self._leaves, tree_leaves(given), strict=True)
+            if isinstance(leaf, torch.Tensor)
+        ]
+        here = [pair for pair in pairs if pair[1].device == pair[0].device]
+        if here:
+            torch._foreach_copy_([to for to, _ in here], [leaf for _, leaf in here])
+        for to, leaf in pairs:
+            if leaf.device != to.device:
+                # from pinned memory the CPU need not wait, and torch reuses it only when the copy is done
+                to.copy_(leaf.pin_memory(), non_blocking=True)
+
+
+def frozen(given: Any) -> Hashable:
+    """What a replay would keep of a call's arguments: all but the tensors' values.
+
+    Raises:
+        CannotCapture: An argument cannot be compared.
+    """
+    leaves, spec = tree_flatten(given)
+    found = tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf)
+        for leaf in leaves
+    )
+    try:
+        hash(found)
+    except TypeError:
+        kinds = sorted({type(leaf).__name__ for leaf in leaves if type(leaf).__hash__ is None})
+        raise CannotCapture(f"the denoiser is given a {' and a '.join(kinds)}, which a graph would freeze") from None
+    return found, spec
+
+
+def _first_error(error: BaseException) -> str:
+    """The first line of the error that began it: ending a broken capture raises another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,84 @@
+"""Times of the steps of a denoising loop, and what they come to, for scripts/benchmark_denoising.py."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """Times of one loop.
+
+    Args:
+        seconds: Wall time.
+        steps_ms: Time of each step on the device, from the end of the one before.
+        denoiser_ms: Time of each step's denoiser call among it.
+        host_ms: Time that the CPU spent on each step.
+    """
+
+    seconds: float
+    steps_ms: list[float]
+    denoiser_ms: list[float]
+    host_ms: list[float]
+
+
+class Marks:
+    """Marks in a loop: events on a GPU, where nothing waits, and the CPU's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._clock: list[float] = []
+        self._events: list[Any] = []
+
+    def add(self) -> None:
+        """Marks this moment."""
+        if self._on_gpu:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        self._clock.append(time.perf_counter())
+
+    def read(self, seconds: float) -> Run:
+        """The times between the marks: one before the loop, and in each step three."""
+        host = [1000 * (end - start) for start, end in itertools.pairwise(self._clock)]
+        device = [start.elapsed_time(end) for start, end in itertools.pairwise(self._events)] if self._on_gpu else host
+        steps = _in_threes(device)
+        return Run(seconds, [sum(step) for step in steps], [step[1] for step in steps], [*map(sum, _in_threes(host))])
+
+
+def _in_threes(values: list[float]) -> list[tuple[float, ...]]:
+    return [tuple(values[at : at + 3]) for at in range(0, len(values), 3)]
+
+
+def figures(runs: list[Run], exact: int, stride: int = 1) -> dict[str, Any]:
+    """Medians over the runs and over the steps of a kind; the first step, which prepares the sample, is left out.
+
+    The last step sends nothing. So on the rank of the slowest stage it takes what that stage computes, `last_ms`. With
+    stride 2 one step in two does nothing but broadcast: what counts is the mean.
+    """
+
+    def middle(name: str, kind: slice) -> float:
+        per_step = [statistics.median(values) for values in zip(*(getattr(run, name) for run in runs), strict=True)]
+        return (statistics.median if stride == 1 else statistics.fmean)(per_step[kind])
+
+    last = len(runs[0].steps_ms) - 1
+    kind = slice(min(1, exact - 1), exact)
+    row: dict[str, Any] = {"exact_steps": exact, "exact_step_ms": middle("steps_ms", kind), "timed_loops": len(runs)}
+    if exact < last:
+        kind = slice(exact, last)
+        row["asynchronous_step_ms"] = middle("steps_ms", kind)
+        if stride == 1:
+            row["last_ms"] = middle("steps_ms", slice(last, None))
+    row["glue_ms"] = middle("steps_ms", kind) - middle("denoiser_ms", kind)
+    return row | {"host_ms": middle("host_ms", kind)}
+
+
+def relative_deviation(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    difference = (latents.double() - reference.double()).norm()
+    return float(difference / reference.double().norm())

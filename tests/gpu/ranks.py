@@ -1,0 +1,209 @@
+"""Ranks over NCCL with recorded steps, against eager steps and against all ranks in one process; run by hand.
+
+    torchrun --nproc_per_node 4 tests/gpu/ranks.py                 # tiny denoisers, float32, to the bit
+    torchrun --nproc_per_node 4 tests/gpu/ranks.py --full sd21     # full-size ones, float16, within 2e-3, and timed
+
+Prints a table of checks; exit status 1 if one of them fails.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_map
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+
+from denoisers import NAMES, Sampler, build, build_full, ddim, full_call
+
+from asyncdiff_pl.parallel import WarmUp, parallelize
+
+FULL_BOUND = 2e-3
+"""Relative difference over a whole loop of recorded and eager steps in float16."""
+
+LAYOUTS = [
+    {"stages": 2, "warm_up": 2},
+    {"stages": 2, "warm_up": 2, "refresh_every": 3},
+    {"stages": 2, "warm_up": WarmUp(until_drift=0.35)},
+    {"stages": 2, "warm_up_mode": "relay"},
+    {"cfg": 2},
+    {"stages": 2, "cfg": 2, "warm_up": 2},
+    {"stages": 2, "cfg": 2, "warm_up_mode": "relay"},
+    {"stages": 3, "warm_up": 1, "time_shift": True},
+    {"stages": 2, "stride": 2, "warm_up": 2},
+    {"stages": 4, "warm_up": 1},
+    {"stages": 4, "warm_up_mode": "relay"},
+]
+
+
+def num_ranks(settings: dict) -> int:
+    return settings.get("cfg", 1) * (settings.get("stages", 1) + settings.get("stride", 1) - 1)
+
+
+def to_gpu(tree):
+    return tree_map(lambda leaf: leaf.cuda() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def sampler_of(name: str, **settings) -> Sampler:
+    sampler = Sampler(name, **settings)
+    sampler.latents, sampler.condition, sampler.kwargs = to_gpu((sampler.latents, sampler.condition, sampler.kwargs))
+    return sampler
+
+
+@contextlib.contextmanager
+def installed(denoiser: nn.Module, scheduler, **settings):
+    handle = parallelize(denoiser, scheduler=scheduler, timeout=timedelta(seconds=40), **settings)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def play(name: str, settings: dict, samplers: list[Sampler], steps: int = 7, **more):
+    """Samples with a fresh denoiser, and how many graphs were made in all and for the last one."""
+    denoiser, scheduler = build(name).cuda(), ddim()
+    with installed(denoiser, scheduler, **settings, **more) as handle:
+        found, graphs = [], [0]
+        for sampler in samplers:
+            found.append(sampler(denoiser, scheduler, steps).clone())
+            graphs.append(handle.num_graphs)
+        assert handle.capture_refusal == "", handle.capture_refusal
+    return found, graphs[-1], graphs[-1] - graphs[-2]
+
+
+def check_tiny(name: str, settings: dict, samplers: list[Sampler]) -> str:
+    """Recorded ranks give the bits of eager ranks, and of one process that plays them."""
+    eager, _, _ = play(name, settings, samplers)
+    recorded, graphs, late = play(name, settings, samplers, capture=True)
+    simulated, _, _ = play(name, settings | {"warm_up_mode": "replicated"}, samplers, simulate=True)
+    for what, others in (("eager ranks", eager), ("one process", simulated)):
+        for at, pair in enumerate(zip(recorded, others, strict=True)):
+            assert torch.equal(*pair), f"sample {at} differs from {what} by {distance(*pair):.1e}"
+    assert graphs > 0
+    return f"{graphs} graphs, {late} of them in the last sample"
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def full_denoiser(name: str) -> nn.Module:
+    """The published size with random weights, the same on all ranks."""
+    torch.manual_seed(0)
+    denoiser = build_full(name).to_empty(device="cuda")
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    for module in denoiser.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            nn.init.zeros_(bias)
+    for buffer in denoiser.buffers():
+        nn.init.normal_(buffer, std=0.02)
+    return denoiser
+
+
+def check_full(name: str, denoiser: nn.Module, settings: dict, steps: int) -> str:
+    """Recorded steps stay near to eager ones over a loop; says the times of a step."""
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def draw(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator, device="cuda").to(tensor.dtype)
+
+    (sample, _), kwargs = full_call(name)
+    sample, kwargs = draw(sample), tree_map(lambda leaf: draw(leaf), kwargs)
+    own = 4 if name == "svd" else sample.shape[1]
+
+    def loop(scheduler) -> torch.Tensor:
+        scheduler.set_timesteps(steps)
+        latents = sample[:1, :, :own] if name == "svd" else sample[:1]
+        for t in scheduler.timesteps:
+            given = torch.cat([latents] * 2)
+            if name == "svd":
+                given = torch.cat([given, sample[:, :, own:]], 2)
+            first, second = denoiser(given, t, **kwargs, return_dict=False)[0].chunk(2)
+            latents = scheduler.step(first + 3 * (second - first), t, latents).prev_sample
+        return latents
+
+    found, times = {}, {}
+    for capture in (False, True):
+        scheduler = ddim()
+        with installed(denoiser, scheduler, capture=capture, **settings) as handle:
+            for _ in range(3):
+                torch.cuda.synchronize()
+                dist.barrier()
+                begin = time.perf_counter()
+                found[capture] = loop(scheduler)
+                torch.cuda.synchronize()
+                times[capture] = (time.perf_counter() - begin) / steps * 1e3
+            assert handle.capture_refusal == "", handle.capture_refusal
+    far = distance(found[True], found[False])
+    assert far < FULL_BOUND, f"{far:.1e} from the eager loop, which is more than {FULL_BOUND}"
+    peak = torch.cuda.max_memory_reserved() / 2**30
+    return (
+        f"{far:.1e} from eager; a step {times[False]:.2f} ms eager, {times[True]:.2f} ms recorded; peak {peak:.1f} GiB"
+    )
+
+
+class Table:
+    """Runs checks; one fails where it fails on any rank."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def __call__(self, name: str, check: Callable[[], str]) -> None:
+        try:
+            told, failed = check(), 0
+        except Exception as error:
+            told, failed = f"{type(error).__name__}: {error}", 1
+            traceback.print_exc()
+        outcome = torch.tensor([failed], device="cuda")
+        dist.all_reduce(outcome)
+        self.failures += int(outcome.item() > 0)
+        if dist.get_rank() == 0:
+            print(f"{'FAIL' if outcome.item() else 'ok':4}  {name:60}  {told}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", nargs="*", default=[], choices=NAMES, help="full-size denoisers")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a full-size loop")
+    arguments = parser.parse_args()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    # what cannot be captured is told by the check
+    warnings.filterwarnings("ignore", message="The denoiser's inputs changed")
+    dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=60))
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    check, world = Table(), dist.get_world_size()
+    fitting = [settings for settings in LAYOUTS if world % num_ranks(settings) == 0]
+    with torch.no_grad():
+        if not arguments.full:
+            for settings in fitting:
+                samplers = [sampler_of("sd21", seed=seed) for seed in range(3)]
+                check(f"sd21 {settings}", lambda: check_tiny("sd21", settings, samplers))  # noqa: B023
+            for name in NAMES:
+                samplers = [sampler_of(name), sampler_of(name, size=16), sampler_of(name), sampler_of(name, size=16)]
+                check(f"{name}, two sizes in turn", lambda: check_tiny(name, fitting[-1], samplers))  # noqa: B023
+        torch.backends.cudnn.deterministic = False
+        for name in arguments.full:
+            denoiser = full_denoiser(name)
+            for settings in fitting:
+                if settings.get("warm_up_mode") != "relay" and isinstance(settings.get("warm_up", 3), int):
+                    check(f"{name} {settings}", lambda: check_full(name, denoiser, settings, arguments.steps))  # noqa: B023
+    dist.barrier()
+    dist.destroy_process_group()
+    return int(check.failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

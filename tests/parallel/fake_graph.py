@@ -1,0 +1,136 @@
+"""Recordings without a GPU: operations are written down with the very tensors that they read and wrote, and run again.
+
+Like a CUDA graph, a replay runs no Python of the network: numbers, branches and addresses are as they were recorded.
+Like a capture, recording changes no tensor that was there before.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from asyncdiff_pl.parallel.capture import CannotCapture, recorder_for
+from asyncdiff_pl.parallel.stages import recordings
+from asyncdiff_pl.parallel.stages.absent import Absent
+
+# messages that are received may be waited for at once, since all ranks post in one order
+SENDS = {"c10d.send.default"}
+MADE_ANEW = {"aten.empty", "aten.empty_strided", "aten.empty_like", "aten.new_empty", "aten.new_empty_strided"}
+# these make the CPU wait for the device
+FORBIDDEN = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default"}
+
+
+class FakeRecorder:
+    """Records what torch runs on the CPU."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.alive = 0
+
+    def record(self, run: Callable[[], Any]) -> tuple["FakeRecording", Any]:
+        writer = _Writer()
+        try:
+            with writer:
+                result = run()
+        finally:
+            writer.undo()
+        self.alive += 1
+        return FakeRecording(self, writer.operations), result
+
+
+class FakeRecording:
+    def __init__(self, recorder: FakeRecorder, operations: list[tuple]) -> None:
+        self.recorder = recorder
+        self.operations = operations
+
+    def replay(self) -> None:
+        assert self.operations, "a recording was replayed that had been dropped"
+        self.recorder.replays += 1
+        sends = []
+        for function, args, kwargs, output, fresh in self.operations:
+            found = function(*args, **kwargs)
+            if function.namespace == "c10d":
+                works = [leaf for leaf in tree_leaves(found) if hasattr(leaf, "wait") and not _is_tensor(leaf)]
+                if str(function) in SENDS:
+                    sends += works
+                else:
+                    for work in works:
+                        work.wait()
+            if fresh:
+                for kept, new in zip(tree_leaves(output), tree_leaves(found), strict=True):
+                    if _is_tensor(kept):
+                        kept.copy_(new)
+        for work in sends:
+            work.wait()
+
+    def drop(self) -> None:
+        assert self.operations, "a recording was dropped twice"
+        self.operations = []
+        self.recorder.alive -= 1
+
+
+class _Writer(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple] = []
+        self.own: dict[int, torch.Tensor] = {}
+        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if str(function) in FORBIDDEN:
+            raise CannotCapture(f"{function} makes the CPU wait")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(isinstance(tensor, Absent) for tensor in given):
+            return function(*args, **kwargs)
+        mutates = function._schema.is_mutable or function.namespace == "c10d"
+        if mutates:
+            self._keep(given)
+        output = function(*args, **kwargs)
+        if function.overloadpacket.__str__() in MADE_ANEW:
+            # what it holds is nobody's business, and what was written into it since is not to be lost
+            self._adopt(output)
+            return output
+        storages = {_storage(tensor) for tensor in given}
+        fresh = any(_is_tensor(leaf) and _storage(leaf) not in storages for leaf in tree_leaves(output))
+        if mutates or fresh:
+            containers = tree_flatten((args, kwargs))
+            args, kwargs = torch.utils._pytree.tree_unflatten(*containers)
+            self.operations.append((function, args, kwargs, output, fresh and not mutates))
+        if fresh:
+            self._adopt(output)
+        return output
+
+    def undo(self) -> None:
+        """Gives all tensors that were there before what they held."""
+        for tensor, held in self.before.values():
+            tensor.copy_(held)
+
+    def _keep(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if _storage(tensor) not in {**self.own, **self.before}:
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self.before[_storage(tensor)] = whole, whole.clone()
+
+    def _adopt(self, output: Any) -> None:
+        # held, so that no other tensor gets the same place
+        self.own |= {_storage(leaf): leaf for leaf in tree_leaves(output) if _is_tensor(leaf)}
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return type(leaf) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def captured(recorder: FakeRecorder):
+    """Has steps recorded on the CPU, where they are captured."""
+    with patch.object(recordings, recorder_for.__name__, lambda device, backend: recorder):
+        yield recorder

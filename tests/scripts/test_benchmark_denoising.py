@@ -1,0 +1,277 @@
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import benchmark_denoising
+import pytest
+import torch
+from benchmark_denoising import PLAIN, Job, parse, plan, short_run
+from denoising_models import FULL, TINY, Denoising
+from denoising_ranks import Clock
+from denoising_report import COLUMNS, Table, compare, line, newest, plot, read_rows
+from denoising_times import Marks, Run, figures, relative_deviation
+
+from asyncdiff_pl.parallel import Layout, parallelize
+from asyncdiff_pl.parallel.stages.schedule import plan_step
+
+SCRIPTS = Path(benchmark_denoising.__file__).parent
+
+
+def row(layout="1", gpus=1, loop_s=10.0, **figures):
+    found = {"model": "svd", "layout": layout, "setting": layout, "gpus": gpus, "steps": 25, "compile": "none"}
+    found |= {"capture": "off", "is_plain": 0, "exact_step_ms": 400.0, "machine": "4 x H200", "loop_s": loop_s}
+    return found | figures
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_one_rank_comes_first_and_settings_that_mean_nothing_are_left_out():
+    options = [
+        "--layouts",
+        "2x1",
+        "1",
+        "2x2",
+        "--compile",
+        "none",
+        "full",
+        "--capture",
+        "off",
+        "on",
+        "--device",
+        "cuda",
+    ]
+    options += ["--balance", "measured", "--warm-up-mode", "replicated", "relay"]
+    one, halves, both = Layout(), Layout(cfg=2), Layout(2, cfg=2)
+    assert plan(parse(options), 4) == [
+        PLAIN,
+        Job("1", one, "none", True),
+        *(Job("1", one, "full", capture) for capture in (False, True)),
+        *(Job("2x1", halves, compile, capture) for compile in ("none", "full") for capture in (False, True)),
+        # full takes a whole denoiser
+        *(
+            Job("2x2", both, "none", capture, "measured", mode)
+            for mode in ("replicated", "relay")
+            for capture in (False, True)
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "said"),
+    [
+        (["--layouts", "3"], 4, "does not fit 4 ranks"),
+        (["--layouts", "n2"], 4, "There is no layout n2"),
+        (["--capture", "on", "--device", "cpu"], 1, "there is no GPU; take --capture off"),
+    ],
+)
+def test_what_cannot_be_measured(options, ranks, said):
+    with pytest.raises(ValueError, match=said):
+        plan(parse(options), ranks)
+
+
+@pytest.mark.parametrize("warm_up", [1, 3])
+@pytest.mark.parametrize("steps", [4, 9, 25, 50])
+def test_a_short_run_meets_every_phase(steps, warm_up):
+    def phases(number):
+        found, parity = set(), 0
+        for step in range(number):
+            step = plan_step(step, number, stages=2, stride=1, warm_up=warm_up, output_stage=1)
+            parity = 0 if step.is_exact else 1 - parity
+            found.add((step.is_exact, step.fills, step.exchanges, parity))
+        return found
+
+    assert phases(short_run(steps, warm_up)) == phases(steps)
+    assert short_run(steps, warm_up) <= warm_up + 6
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_a_loop_is_the_same_again_and_in_halves(name):
+    model = Denoising(TINY[name], torch.device("cpu"), torch.float32)
+    latents = model.loop(2)
+    assert latents.shape == (1, *TINY[name].latents)
+    assert latents.isfinite().all()
+    # the guidance batch is one that can be split
+    handle = parallelize(model.denoiser, scheduler=model.scheduler, cfg=2, simulate=True)
+    assert relative_deviation(model.loop(2), latents) < 1e-5
+    handle.remove()
+    assert model.loop(2).equal(latents)
+
+
+@pytest.mark.parametrize("name", list(FULL))
+def test_sizes_are_those_of_the_configs(name):
+    settings = FULL[name].settings
+    height, width = settings["height"], settings["width"]
+    assert FULL[name].latents[-2:] == (height // 8, width // 8)
+    assert FULL[name].steps == settings["num_inference_steps"]
+    frames = settings.get("num_frames")
+    assert frames is None or frames in FULL[name].latents
+
+
+def test_a_whole_pipeline():
+    model = Denoising(TINY["svd"], torch.device("cpu"), torch.float32, with_pipeline=True)
+    assert 0 < model.whole(1) < 60
+    model.put_away()
+
+
+# -- times and rows ---------------------------------------------------------------------------------------------------
+
+
+def test_marks_are_read_as_steps(monkeypatch):
+    times = iter([0.0, 0.001, 0.004, 0.006, 0.007, 0.012, 0.014])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    marks = Marks(torch.device("cpu"))
+    for _ in range(7):
+        marks.add()
+    run = marks.read(1.5)
+    assert run.seconds == 1.5
+    assert run.steps_ms == pytest.approx([6, 8])
+    assert run.denoiser_ms == pytest.approx([3, 5])
+
+
+def test_steps_after_warm_up_are_told_from_exact_ones():
+    runs = [
+        Run(1.0, [90, 20 + n, 20 + n, 7, 6, 8, 5], [80, 19, 19, 6, 5, 7, 4], [1, 1, 1, 2, 2, 2, 3]) for n in (0, 1, 9)
+    ]
+    # the first step prepares the sample, the last one sends nothing
+    found = {"exact_steps": 3, "exact_step_ms": 21, "asynchronous_step_ms": 7, "last_ms": 5, "timed_loops": 3}
+    assert figures(runs, 3) == found | {"glue_ms": 1, "host_ms": 2}
+    assert "asynchronous_step_ms" not in figures(runs, 7)
+    ahead = figures([Run(1.0, [9, 9, 12, 2, 14, 4, 3], [0] * 7, [0] * 7)], 2, stride=2)
+    assert ahead["asynchronous_step_ms"] == 8
+    assert "last_ms" not in ahead
+
+
+def test_rows_are_compared_with_one_gpu():
+    alone = [
+        row(is_plain=1, pipeline_s=20.0, peak_gib=10.0),
+        row(compile="blocks", capture="on", loop_s=5.0, exact_step_ms=200.0),
+        row(compile="blocks", loop_s=8.0),
+        row(model="sdxl", compile="blocks", loop_s=1.0),
+    ]
+    many = row("2x2", 4, 2.0, compile="blocks", capture="on", asynchronous_step_ms=60.0, pipeline_s=5.0, peak_gib=9.0)
+    assert compare(many, alone) == {
+        "over_eager": 5.0,
+        "over_compiled": 2.5,
+        "pipeline_share_of_eager": 0.25,
+        "peak_of_eager": 0.9,
+        # 60 ms instead of 200 / 4
+        "of_ideal": 1.2,
+    }
+    assert compare(row("2x2", 4, None), alone) == {}
+
+
+def test_rows_are_kept_as_they_come(tmp_path, capsys):
+    path, picture = tmp_path / "rows.csv", tmp_path / "rows.png"
+    table = Table(path)
+    table.add(row(is_plain=1))
+    table.add(row("2x2", 4, 2.5, slowest_share=0.521, fastest_share=0.479, deviation=1e-3))
+    Table(path).add(row("4", 4, None, failure="rank 1: RuntimeError: no memory"))
+    text = capsys.readouterr().out
+    assert "| svd | 2x2 | 4 | 2x2 | 2.5 | 4 |" in text
+    assert "| 52.1% / 47.9% |" in text
+    assert "| svd | 4 | 4 | 4 | failed: rank 1: RuntimeError: no memory |" in text
+    with path.open("a") as file:
+        file.write("svd,2x1,2x1,2,cut o")
+    rows = read_rows(path)
+    assert [(found["layout"], found["loop_s"]) for found in rows] == [(1, 10.0), ("2x2", 2.5), (4, None)]
+    assert rows[1]["over_eager"] == 4
+    assert line(rows[1]) in text
+    assert [found["layout"] for found in newest([*rows, rows[0]])] == ["2x2", 1]
+    plot(rows, picture)
+    assert picture.stat().st_size > 10_000
+    path.write_text("model,ms\nsvd,3\n")
+    with pytest.raises(ValueError, match="holds another table"):
+        Table(path)
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+class OneRank:
+    rank = 0
+
+    def gather(self, value):
+        return [value]
+
+
+def test_the_clock_ends_the_process_and_keeps_what_is_there(capsys):
+    done, left = threading.Event(), []
+    clock = Clock(0.05, OneRank(), lambda: left.append("drawn"), lambda status: (left.append(status), done.set()))
+    assert not clock.is_over
+    assert done.wait(10)
+    assert clock.is_over
+    assert left == ["drawn", 0]
+    assert "time is up after 0.05 s" in capsys.readouterr().out
+    never = Clock(None, OneRank(), lambda: None)
+    never.stop()
+    assert not never.is_over
+
+
+FAILS_ONCE = """
+import os, sys
+import benchmark_denoising as script
+
+loop, failures = script.Denoising.loop, []
+
+def broken(self, steps, mark=lambda: None):
+    if self.kind.config == "sdxl_n2" and os.environ["RANK"] == "1" and not failures:
+        failures.append(1)
+        raise RuntimeError("no memory")
+    return loop(self, steps, mark)
+
+script.Denoising.loop = broken
+script.main()
+"""
+
+
+def test_two_ranks_one_of_which_fails_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = "--tiny --models sd21 sdxl --layouts 2x1 2 --balance measured --repeats 1 --device cpu --seconds 90"
+    options += " --csv rows.csv --plot rows.png"
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS_ONCE, *options.split()],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=110) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    rows = read_rows(tmp_path / "rows.csv")
+    assert said[0][0].splitlines()[2:] == [line(found) for found in rows]
+    plain, halves, stages, failed, *after = rows
+    assert [found["model"] for found in rows] == ["tiny sd21"] * 3 + ["tiny sdxl"] * 3
+    assert all(found["loop_s"] > 0 and found["deviation"] >= 0 and found["over_eager"] > 0 for found in rows[:3])
+    assert (plain["over_eager"], plain["deviation"]) == (1, 0)
+    assert halves["deviation"] < 1e-5
+    assert 1e-3 < stages["deviation"] < 1
+    assert (halves["exact_steps"], stages["exact_steps"]) == (9, 3)
+    assert stages["asynchronous_step_ms"] > 0 < stages["exact_step_ms"]
+    assert stages["mib_per_step"] > 0 == halves["mib_per_step"]
+    assert stages["slowest_ms"] + stages["exposed_ms"] == pytest.approx(stages["asynchronous_step_ms"], rel=1e-3)
+    assert 0.3 < stages["fastest_share"] <= 0.5 <= stages["slowest_share"] < 0.7
+    assert failed["failure"] == "rank 1: RuntimeError: no memory"
+    # there is nothing to compare the others with, but they are measured
+    assert all(found["loop_s"] > 0 and found["over_eager"] is None for found in after)
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+    assert list(rows[0]) == list(COLUMNS)
