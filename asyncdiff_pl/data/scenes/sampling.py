@@ -107,8 +107,8 @@ def sample_scenes(
     position = _places(numbers, radii[size], number)
 
     tempo = numbers.uniform(0, 1)
-    # one scene in eight stands nearly still; the others are slow more often than fast. What moves twice as fast is beyond
-    # a denoiser as small as tiny-svd: it melts
+    # one scene in eight stands nearly still; the others are slow more often than fast. What moves twice as fast melts
+    # in a denoiser as small as tiny-svd
     tempo = torch.where(numbers.choice(8) == 0, 0.02 * tempo, 0.04 + 0.51 * tempo**1.5)[:, None]
     direction = numbers.uniform(0, 2 * torch.pi, max_objects)
     speed = 0.9 * tempo * numbers.uniform(0.4, 1, max_objects)
