@@ -269,10 +269,13 @@ class AsyncDiffStrategy(GroupStrategy):
 def _refuse_beside_auto(**settings: Any) -> None:
     defaults = inspect.signature(AsyncDiffStrategy).parameters
     for name, value in settings.items():
-        if value != defaults[name].default:
+        default = defaults[name].default
+        if value != default:
+            # a config that is extended on the command line may have set it
+            back = {None: "null", False: "false"}.get(default, default)
             raise ValueError(
-                f"layout auto chooses stages and cfg for the ranks of the run, but {name} is {value}; leave that out, "
-                "or take layout fixed."
+                f"layout auto chooses stages and cfg for the ranks of the run, but {name} is {value}; set {name} to "
+                f"{back}, or take layout fixed."
             )
 
 

@@ -55,11 +55,11 @@ def over(strategy, devices, nodes=1, rank=0):
         ({"timeout": 0.0}, "timeout is 0.0 s; give a number of seconds above 0"),
         (
             {"layout": "auto", "stages": 2},
-            "layout auto chooses .*, but stages is 2; leave that out, or take layout fix",
+            "layout auto chooses .*, but stages is 2; set stages to 1, or take layout fixed",
         ),
-        ({"layout": "auto", "cfg": 2}, "but cfg is 2; leave that out"),
+        ({"layout": "auto", "cfg": 2}, "but cfg is 2; set cfg to 1"),
         ({"layout": "auto", "cut": [["conv_in"]]}, "The cut has 1 stages|but cut is"),
-        ({"layout": "auto", "simulate": True}, "but simulate is True; leave that out"),
+        ({"layout": "auto", "simulate": True}, "but simulate is True; set simulate to false"),
         (
             {"layout": "auto", "warm_up_mode": "relay", "warm_up": WarmUp(until_drift=0.1)},
             "warm_up_mode relay .* until_drift compares all of them",
