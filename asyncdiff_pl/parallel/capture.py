@@ -178,6 +178,18 @@ class StaticInputs:
                 to.copy_(leaf.pin_memory(), non_blocking=True)
 
 
+def without_cast_cache(device: torch.device) -> torch.autocast:
+    """A context of the same precision that casts weights anew in each replay: a cache's would stay as they were.
+
+    Args:
+        device: Where the weights are.
+    """
+    kind = device.type
+    return torch.autocast(
+        kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+    )
+
+
 def frozen(given: Any) -> Hashable:
     """What a replay would keep of a call's arguments: all but the tensors' values.
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from asyncdiff_pl.parallel.capture import without_cast_cache
+
 WARM_UP_PASSES = 3
 """Passes before the capture: libraries choose their kernels and take their workspaces in the first ones."""
 
@@ -35,7 +37,13 @@ class CapturedPass:
     ) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.inputs = {name: value.detach().clone() for name, value in inputs.items()}
-        self._record(lambda: _without_cast_cache(call, self.inputs))
+        device = next(iter(self.inputs.values())).device
+
+        def run() -> Tensor:
+            with without_cast_cache(device):
+                return call(**self.inputs)
+
+        self._record(run)
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         """The same call with other inputs.
@@ -97,15 +105,3 @@ class _Replay(torch.autograd.Function):
         captured.backward_graph.replay()
         found = [None if value is None else value.detach() for value in captured.gradients]
         return (None, *([None] * len(captured.inputs)), *found)
-
-
-def _without_cast_cache(call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Tensor:
-    """Calls in the precision of the surroundings, casting weights anew: those of a cache would stay as they were."""
-    device = next(iter(inputs.values())).device.type
-    with torch.autocast(
-        device,
-        dtype=torch.get_autocast_dtype(device),
-        enabled=torch.is_autocast_enabled(device),
-        cache_enabled=False,
-    ):
-        return call(**inputs)

@@ -21,7 +21,14 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, Recording, StaticInputs, frozen
+from asyncdiff_pl.parallel.capture import (
+    CannotCapture,
+    Recorder,
+    Recording,
+    StaticInputs,
+    frozen,
+    without_cast_cache,
+)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a denoiser call."""
@@ -169,9 +176,9 @@ class Phases:
         while len(alike) >= MAX_ALIKE:
             alike.pop(next(iter(alike))).recording.drop()
         inputs = StaticInputs(given, self._device)
-        made = self._without_cast_cache(body, inputs)
+        made = self._compute(body, inputs)
         try:
-            recording, kept = self._recorder.record(lambda: self._without_cast_cache(body, inputs))
+            recording, kept = self._recorder.record(lambda: self._compute(body, inputs))
             alike[conditions] = _Recorded(recording, inputs, kept, held())
             self.num_recorded += 1
         except CannotCapture as refusal:
@@ -187,12 +194,8 @@ class Phases:
                 recorded.recording.drop()
         self._recorded.clear()
 
-    def _without_cast_cache(self, body: Body, inputs: StaticInputs) -> Made:
-        """Casts weights anew in each replay: those of autocast's cache would stay as they were."""
-        kind = self._device.type
-        with torch.autocast(
-            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
-        ):
+    def _compute(self, body: Body, inputs: StaticInputs) -> Made:
+        with without_cast_cache(self._device):
             return body(inputs.given)
 
     def _with_tensor_timestep(self, inputs: Inputs) -> Inputs:
