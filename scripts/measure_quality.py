@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDiffusionPipeline
 from jsonargparse import auto_cli
-from quality_rows import ONE_RANK, SETTINGS, Conditions, Row, Setting, complete, read_rows, write_rows
+from quality_rows import ONE_RANK, WARM_UPS, Conditions, Row, Setting, complete, read_rows, settings_of, write_rows
 from scene_samples import PerSceneMotion, Scorer, generate_pictures, generate_videos, held_out, load
 from torch import Tensor
 
@@ -36,6 +36,7 @@ def measure(
     svd: str | None = "tiny-svd",
     sd: str | None = "tiny-sd",
     clip: str = "tiny-clip",
+    warm_ups: tuple[int, ...] = WARM_UPS,
     samples: int = 64,
     steps: int = 25,
     batch_size: int = 16,
@@ -52,6 +53,7 @@ def measure(
         svd: Video pipeline: an embedded one or a folder; null leaves it out.
         sd: Picture pipeline: an embedded one or a folder; null leaves it out.
         clip: Model that scores: an embedded one or a folder.
+        warm_ups: Exact steps at the beginning; each layout is measured with each of them.
         samples: Held-out scenes.
         steps: Denoising steps.
         batch_size: Videos of one call; 31 of 128x128 pixels is the most that attention over time takes on a GPU.
@@ -67,7 +69,7 @@ def measure(
     conditions = Conditions(steps, seed, dtype)
     scorer = Scorer(clip, device)
     names = {kind: name for kind, name in (("svd", svd), ("sd", sd)) if name is not None}
-    jobs = [(kind, setting) for kind in names for setting in SETTINGS][index::number]
+    jobs = [(kind, setting) for kind in names for setting in settings_of(warm_ups)][index::number]
     for kind, name in names.items():
         done = complete([row for part in read_rows(folder, conditions) for row in part], samples)
         todo = [setting for its_kind, setting in jobs if its_kind == kind and (name, setting) not in done]

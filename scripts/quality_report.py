@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from quality_rows import ONE_RANK, SETTINGS, WARM_UPS, Row, Setting, describe, ranks, read_rows, write_rows
+from quality_rows import LAYOUTS, ONE_RANK, Row, Setting, describe, ranks, read_rows, write_rows
 from torch import Tensor
 
 from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
@@ -40,16 +40,26 @@ class Quality:
     @property
     def settings(self) -> list[Setting]:
         """Settings that were measured, other than one rank, in order."""
-        return [setting for setting in SETTINGS if setting in self.psnr_db and setting != ONE_RANK]
+        return sorted(self.psnr_db.keys() - {ONE_RANK}, key=_order)
 
     @property
     def layouts(self) -> list[tuple[int, int, int]]:
         """Layouts that were measured, in order."""
         return list(dict.fromkeys(setting.layout for setting in self.settings))
 
+    @property
+    def warm_ups(self) -> list[int]:
+        """Warm-ups that were measured, in order."""
+        return sorted({setting.warm_up for setting in self.settings})
+
     def score_difference(self, setting: Setting) -> Mean | None:
         """Score less that of one rank, over the same samples; None if one rank was not measured."""
         return paired_difference(self.score[setting], self.score[ONE_RANK]) if ONE_RANK in self.score else None
+
+
+def _order(setting: Setting) -> tuple[int, int]:
+    """One rank first, then by layout and warm-up."""
+    return (-1 if setting == ONE_RANK else LAYOUTS.index(setting.layout)), setting.warm_up
 
 
 class Comparison(NamedTuple):
@@ -91,13 +101,13 @@ def compare(quality: Quality) -> list[Comparison]:
     pairs = [
         ("warm_up", Setting(*layout, more), Setting(*layout, less))
         for layout in quality.layouts
-        for less, more in itertools.pairwise(WARM_UPS)
+        for less, more in itertools.pairwise(quality.warm_ups)
     ]
     pairs += [
         ("stages", Setting(few, stride, 1, warm_up), Setting(many, stride, 1, warm_up))
         for stride in (1, 2)
         for few, many in ((2, 3), (3, 4))
-        for warm_up in WARM_UPS
+        for warm_up in quality.warm_ups
     ]
     there = quality.psnr_db
     return [
@@ -122,7 +132,7 @@ def write_report(folder: Path) -> str:
     rows = {(row.model, row.setting, row.sample): row for part in read_rows(folder) for row in part}
     if not rows:
         raise ValueError(f"{folder} holds no samples_*of*.csv with rows; run `measure` into it first.")
-    ordered = sorted(rows.values(), key=lambda row: (row.model, SETTINGS.index(row.setting), row.sample))
+    ordered = sorted(rows.values(), key=lambda row: (row.model, _order(row.setting), row.sample))
     write_rows(folder / "samples.csv", ordered)
     qualities = gather(ordered)
     write_summary(folder / "summary.csv", qualities)
@@ -150,12 +160,13 @@ def write_summary(path: Path, qualities: Sequence[Quality]) -> None:
 
 def markdown(quality: Quality) -> str:
     """Tables of PSNR and score for one model, and whether warm-up and stages work as they should."""
-    head = "| layout | ranks | " + " | ".join(f"warm-up {warm_up}" for warm_up in WARM_UPS) + " |"
-    lines = [f"### {quality.model}", "", "PSNR against the one-rank result, in dB:", "", head, "|---" * 6 + "|"]
-    scores = [head, "|---" * 6 + "|"]
+    head = "| layout | ranks | " + " | ".join(f"warm-up {warm_up}" for warm_up in quality.warm_ups) + " |"
+    rule = "|---" * (2 + len(quality.warm_ups)) + "|"
+    lines = [f"### {quality.model}", "", "PSNR against the one-rank result, in dB:", "", head, rule]
+    scores = [head, rule]
     for layout in quality.layouts:
         cells, differences = [], []
-        for setting in (Setting(*layout, warm_up) for warm_up in WARM_UPS):
+        for setting in (Setting(*layout, warm_up) for warm_up in quality.warm_ups):
             known = setting in quality.psnr_db
             psnr_db = mean_with_error(quality.psnr_db[setting]) if known else None
             difference = quality.score_difference(setting) if known else None
@@ -187,7 +198,7 @@ def markdown(quality: Quality) -> str:
 
 def _split_guidance(quality: Quality) -> list[str]:
     """Splitting the guidance batch changes no staleness: it should cost nothing beyond rounding."""
-    pairs = [(Setting(2, 1, 2, warm_up), Setting(2, 1, 1, warm_up)) for warm_up in WARM_UPS]
+    pairs = [(Setting(2, 1, 2, warm_up), Setting(2, 1, 1, warm_up)) for warm_up in quality.warm_ups]
     there = quality.psnr_db
     # equal ratios are no gap, even where both are infinite
     gaps = [
@@ -211,7 +222,7 @@ def plot(qualities: Sequence[Quality], path: Path) -> None:
         path: PNG to write.
     """
     figure, grid = plt.subplots(
-        2, len(qualities), figsize=(4.2 * len(qualities) + 2.4, 6.4), dpi=130, sharex=True, squeeze=False
+        2, len(qualities), figsize=(4.2 * len(qualities) + 2.4, 6.4), dpi=130, sharex="col", squeeze=False
     )
     layouts = list(dict.fromkeys(layout for quality in qualities for layout in quality.layouts))
     for column, quality in enumerate(qualities):
@@ -229,7 +240,7 @@ def plot(qualities: Sequence[Quality], path: Path) -> None:
                     axes.errorbar(x, y, yerr=2 * error, label=_label(layout), **_style(layout))
         below.axhline(0, color="0.5", linewidth=0.8, zorder=0)
         above.set_title(quality.model)
-        below.set(xlabel="warm-up, steps", xticks=WARM_UPS)
+        below.set(xlabel="warm-up, steps", xticks=quality.warm_ups)
         for axes in (above, below):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color="0.92", linewidth=0.8)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 WARM_UPS = (1, 3, 5, 9)
+"""Warm-ups that are measured where none are named."""
 COLUMNS = (
     *("model", "steps", "seed", "dtype"),
     *("stages", "stride", "cfg", "warm_up"),
@@ -47,7 +48,15 @@ class Setting(NamedTuple):
 LAYOUTS = [*itertools.product((2, 3, 4), (1, 2), (1,)), (2, 1, 2)]
 """Stages, stride and cfg of each layout."""
 ONE_RANK = Setting(1, 1, 1, 0)
-SETTINGS = [ONE_RANK, *(Setting(*layout, warm_up) for layout in LAYOUTS for warm_up in WARM_UPS)]
+
+
+def settings_of(warm_ups: Iterable[int] = WARM_UPS) -> list[Setting]:
+    """One rank, and each layout with each warm-up."""
+    each = sorted(set(warm_ups))
+    return [ONE_RANK, *(Setting(*layout, warm_up) for layout in LAYOUTS for warm_up in each)]
+
+
+SETTINGS = settings_of()
 
 
 class Row(NamedTuple):

@@ -10,7 +10,7 @@ Source: CUDA graphs in PyTorch's notes on CUDA semantics.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -77,8 +77,7 @@ class CudaRecorder:
         # where ending a failed capture raises, torch leaves its stream the current one: the outer context undoes it
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             try:
-                # process groups, data loaders and watches go on in threads of their own
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                with self._recording(graph, self._pool):
                     result = run()
             except RuntimeError as error:
                 self._recover()
@@ -96,10 +95,19 @@ class CudaRecorder:
     def _recover(self) -> None:
         """Has torch's random numbers drawn outside of graphs again: a broken capture leaves them in it until 2.12."""
         torch.cuda.synchronize(self.device)
-        with contextlib.suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream(self.device)):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                torch.zeros(1, device=self.device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.stream(torch.cuda.current_stream(self.device))
+        with contextlib.suppress(RuntimeError), stream, self._recording(graph, None):
+            torch.zeros(1, device=self.device)
+
+    @contextlib.contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            # the first of several graphs makes the tensors that say where random numbers are, and all write into them:
+            # made in inference mode, they could not be written outside it
+            with torch.inference_mode(False):
+                # process groups, data loaders and watches go on in threads of their own
+                stack.enter_context(torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"))
+            yield
 
 
 class _CudaRecording:

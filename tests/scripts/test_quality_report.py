@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from quality_rows import ONE_RANK, SETTINGS, Conditions, Row, Setting, complete, read_rows, write_rows
+from quality_rows import ONE_RANK, SETTINGS, Conditions, Row, Setting, complete, read_rows, settings_of, write_rows
 
 CONDITIONS = Conditions(25, 0, "float32")
 
@@ -80,8 +80,18 @@ class TestReport:
 
         write_rows(tmp_path / "samples_0of1.csv", rows_of([Setting(2, 1, 1, 3)]))
         text = write_report(tmp_path)
-        assert "| 2 stages | 2 |  | " in text
+        assert "| layout | ranks | warm-up 3 |" in text
         assert "CLIP score" not in text
+
+    def test_other_warm_ups_for_one_model(self, tmp_path):
+        from quality_report import write_report
+
+        write_rows(tmp_path / "samples_0of2.csv", rows_of(SETTINGS))
+        write_rows(tmp_path / "samples_1of2.csv", rows_of(settings_of([13, 1]), model="tiny-svd"))
+        pictures, videos = write_report(tmp_path).split("### tiny-svd")
+        assert "| layout | ranks | warm-up 1 | warm-up 3 | warm-up 5 | warm-up 9 |" in pictures
+        assert "| layout | ranks | warm-up 1 | warm-up 13 |" in videos
+        assert "PSNR rises with warm-up, by more than 2 paired standard errors: in 7 of 7" in videos
 
     def test_no_rows(self, tmp_path):
         from quality_report import write_report
