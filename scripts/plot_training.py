@@ -12,6 +12,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,12 +25,25 @@ Curves = dict[str, dict[int, float]]
 """For each tag its value at each step, in order."""
 
 
+class Run(NamedTuple):
+    """What a run logged.
+
+    Args:
+        curves: Its scalars.
+        starts: Steps at which a training began that another had gone before.
+    """
+
+    curves: Curves
+    starts: list[int]
+
+
 def plot(
     logs: Path,
     pictures: Path,
     pattern: str = "train_*",
     table: Path | None = None,
     tags: list[str] | None = None,
+    in_a_row: bool = False,
 ) -> None:
     """Draws a picture for each run of a log folder.
 
@@ -39,23 +53,25 @@ def plot(
         pattern: Names of the runs.
         table: Markdown file for the final values.
         tags: What to draw, such as `[train/loss,validation/psnr]`; null draws train/loss and all of validation/.
+        in_a_row: Whether a version that begins at step 0 started from the export of the one before (`start_from`), so
+            that its steps count on from there; otherwise it began anew, and what went before is left out.
     """
-    runs = {folder.name: read_run(folder) for folder in sorted(logs.glob(pattern)) if folder.is_dir()}
-    runs = {name: curves for name, curves in runs.items() if curves}
+    runs = {folder.name: read_run(folder, in_a_row) for folder in sorted(logs.glob(pattern)) if folder.is_dir()}
+    runs = {name: run for name, run in runs.items() if run.curves}
     if not runs:
         raise ValueError(f"{logs} holds no runs {pattern} with TensorBoard events; give the folder that runs log to.")
     pictures.mkdir(parents=True, exist_ok=True)
-    for name, curves in runs.items():
-        chosen = [tag for tag in curves if (tag in tags if tags else _is_shown(tag))]
+    for name, (curves, starts) in runs.items():
+        chosen = {tag: points for tag, points in curves.items() if (tag in tags if tags else _is_shown(tag))}
         if chosen:
-            draw(name, {tag: curves[tag] for tag in chosen}, pictures / f"{name.replace('train_', 'training_', 1)}.png")
-    text = final_values(runs)
+            draw(name, Run(chosen, starts), pictures / f"{name.replace('train_', 'training_', 1)}.png")
+    text = final_values({name: run.curves for name, run in runs.items()})
     print(text)
     if table is not None:
         table.write_text(text, encoding="utf-8")
 
 
-def read_run(folder: Path) -> Curves:
+def read_run(folder: Path, in_a_row: bool = False) -> Run:
     """The scalars of all event files below a folder.
 
     Where a later file begins at a step that an earlier one had reached, the earlier one's values from there on are
@@ -63,6 +79,7 @@ def read_run(folder: Path) -> Curves:
 
     Args:
         folder: Folder of a run.
+        in_a_row: Whether a file that begins as early as the first one counts on from the last step before it.
     """
     files = []
     for path in folder.rglob("events.out.tfevents.*"):
@@ -72,23 +89,30 @@ def read_run(folder: Path) -> Curves:
         if scalars:
             files.append((min(points[0].wall_time for points in scalars.values()), scalars))
     joined: Curves = {}
+    starts = [0]
+    first = None
     for _, scalars in sorted(files, key=lambda file: file[0]):
         begin = min(point.step for points in scalars.values() for point in points)
+        first = begin if first is None else first
+        if in_a_row and joined and begin <= first:
+            starts.append(max(step for points in joined.values() for step in points) + 1)
+        begin += starts[-1]
         joined = {tag: {step: v for step, v in points.items() if step < begin} for tag, points in joined.items()}
         for tag, points in scalars.items():
-            joined.setdefault(tag, {}).update({point.step: point.value for point in points})
-    return {tag: dict(sorted(points.items())) for tag, points in sorted(joined.items()) if points}
+            joined.setdefault(tag, {}).update({starts[-1] + point.step: point.value for point in points})
+    return Run({tag: dict(sorted(points.items())) for tag, points in sorted(joined.items()) if points}, starts[1:])
 
 
-def draw(name: str, curves: Mapping[str, Mapping[int, float]], path: Path, columns: int = 4) -> None:
-    """Draws one panel for each curve.
+def draw(name: str, run: Run, path: Path, columns: int = 4) -> None:
+    """Draws one panel for each curve, with a line where a training began from what another had left.
 
     Args:
         name: Title.
-        curves: For each tag its value at each step.
+        run: What to draw.
         path: PNG to write.
         columns: Panels of a row.
     """
+    curves = run.curves
     columns = min(columns, len(curves))
     rows = -(-len(curves) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.4 * rows + 0.3), dpi=130, squeeze=False)
@@ -99,6 +123,8 @@ def draw(name: str, curves: Mapping[str, Mapping[int, float]], path: Path, colum
             axes.plot(*running_mean(steps, values, len(values) // 40), color=LINE, linewidth=1.4)
         else:
             axes.plot(steps, values, color=LINE, linewidth=1.4, marker="o", markersize=3)
+        for start in run.starts:
+            axes.axvline(start, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         if values.min() > 0 and values.max() > 10 * values.min():
             axes.set_yscale("log")
         axes.set_title(tag, fontsize=9)

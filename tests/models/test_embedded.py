@@ -95,6 +95,22 @@ def test_the_classes_of_tiny_dit_are_those_of_the_scenes():
     assert index["id2label"] == {str(number): name for number, name in enumerate(scenes.CLASS_NAMES)}
 
 
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_package_brings_trained_weights_and_warns_of_nothing(cache, name):
+    assert is_trained(name)
+    assert describe_weights(name, "pretrained") == "pretrained"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipeline = load(name)
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert all(value.isfinite().all() for network in networks for value in network.state_dict().values())
+
+
+def test_the_clip_of_the_package_is_trained():
+    assert is_trained("tiny-clip")
+    assert not is_random("tiny-clip")
+
+
 def test_the_package_stays_small():
     assert sum(path.stat().st_size for path in ASSETS.parent.rglob("*") if path.is_file()) <= 45e6
 

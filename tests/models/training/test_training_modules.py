@@ -65,7 +65,6 @@ def build(make, seed=0):
     return module
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 @pytest.mark.parametrize(("make", "model_class", "num_frames"), CASES.values(), ids=CASES.keys())
 def test_a_fixed_batch_is_learned_and_exported(make, model_class, num_frames, tmp_path):
     module, batch = build(make), clips(num_frames, changed_captions=2)
@@ -175,7 +174,6 @@ def seen_by_pipeline(module, batch):
         yield seen_by(module.network, functools.partial(module.pipeline(), **own))
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 def test_the_video_network_is_trained_in_the_conditions_of_its_pipeline():
     # so little noise on the picture that it does not show
     module = build(lambda: VideoDenoiserTraining(min_noise_aug=1e-7, max_noise_aug=1e-7))
@@ -202,7 +200,6 @@ def test_the_video_network_is_trained_in_the_conditions_of_its_pipeline():
     torch.testing.assert_close(module.clip_latents(batch["frames"])[:, 0], latents * vae.config.scaling_factor)
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 @pytest.mark.parametrize(
     ("kind", "encoded"),
     [
@@ -225,7 +222,6 @@ def test_clips_are_encoded_once_for_steps_that_share_them(kind, encoded):
     assert losses[0] == losses[1] == losses[2]
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 def test_the_image_network_is_trained_in_the_conditions_of_its_pipeline():
     module, batch = build(ImageDenoiserTraining), clips(1, size=64, number=2)
     used = seen_by(module.network, lambda: module.sample(batch, torch.Generator()))
@@ -243,7 +239,6 @@ def test_blocks_of_a_new_transformer_change_nothing():
     assert len(seen) == 8 and not estimate.any()
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 def test_classes_are_dropped_in_all_blocks_at_once():
     module, batch = build(ClassDenoiserTraining), clips(1, number=2)
     used = seen_by(module.network, lambda: module.sample(batch, torch.Generator()))
@@ -254,7 +249,6 @@ def test_classes_are_dropped_in_all_blocks_at_once():
     assert torch.equal(*(module.predict(noisy, times, batch["label"]) for _ in range(2)))
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 @pytest.mark.parametrize("make", [VideoDenoiserTraining, ImageDenoiserTraining, ClassDenoiserTraining])
 def test_pictures_of_a_validation_batch_stand_beside_the_true_ones(make):
     module, batch = build(lambda: make(num_samples=1, sample_steps=2)), clips(2, size=128, number=2)
@@ -278,7 +272,6 @@ def test_a_capture_that_cannot_be_is_told():
         module.on_fit_start()
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("make", [VideoDenoiserTraining, ImageDenoiserTraining, ClassDenoiserTraining])
 def test_captured_steps_are_the_steps_without_capture(make):
