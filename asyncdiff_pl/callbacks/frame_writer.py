@@ -33,7 +33,8 @@ class FrameWriter(Callback):
 
     A single picture is `<id>.png`; a video is the folder `<id>` with `0000.png` and so on, and `<id>.gif` beside it.
     TensorBoard shows, of rank 0's data group, each sample's conditioning picture, `conditioning/<id>`, and what was
-    generated, `generated/<id>`, with the step count as its step: so runs and step counts compare side by side.
+    generated, `generated/<id>`, with the step count as its step: so runs and step counts compare side by side. What it
+    shows is scaled down: a picture to 512 pixels at most, a video to 256 or, to keep its file below 0.5 MiB, to fewer.
 
     Frames are encoded and written in order by a process of their own, so that the next sample waits neither for the
     disk nor for Python. The run ends only when all are written, also where it is stopped; what cannot be written stops
