@@ -226,11 +226,12 @@ def test_a_slow_disk_holds_the_run_up_before_memory_is_full(run, tiny_predictor,
     module, made = tiny_predictor(num_frames=1), []
 
     def before(name):
-        number = -1
-        while number < 1 or number < len(module.made):
-            number = len(module.made)
-            time.sleep(0.5)
-        made.append(number)
+        until = time.monotonic() + 20
+        while len(module.made) < min(int(name) + 2, 5) and time.monotonic() < until:
+            time.sleep(0.01)
+        # none more, however long it takes
+        time.sleep(0.3)
+        made.append(len(module.made))
 
     disk.slow(IDS, before)
     run([FrameWriter()], module, ids=IDS)
