@@ -18,7 +18,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from asyncdiff_pl.callbacks.frame_writer import encode_gif
+from asyncdiff_pl.callbacks.frame_files import encode_gif
 from asyncdiff_pl.callbacks.written_frames import read_frames, samples_of, step_counts
 from asyncdiff_pl.report.sheet import draw_sheet, some_of
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from asyncdiff_pl.callbacks.configuration import COLUMNS, configuration, difference, settings
+from asyncdiff_pl.callbacks.frame_files import write_atomically
 from asyncdiff_pl.callbacks.roles import (
     data_rank,
     gather,
@@ -23,7 +24,6 @@ from asyncdiff_pl.callbacks.roles import (
     run_metrics,
     step_metrics,
     tensorboard,
-    write_atomically,
 )
 from asyncdiff_pl.callbacks.sample_table import (
     PartFile,
@@ -244,8 +244,7 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _say(trainer: Trainer, text: str) -> None:

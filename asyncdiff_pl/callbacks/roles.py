@@ -7,9 +7,8 @@ once, with `gather`, when all ranks are at the end of the loop.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
@@ -93,12 +92,3 @@ class SampleCount:
         ) // data_size(trainer)
         self._counts[steps] += 1
         return before + self._counts[steps] - 1
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Lets `write` fill a file that takes its name only when it is complete, so that no half file is ever found."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-    temporary.replace(path)

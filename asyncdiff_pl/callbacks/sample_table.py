@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from asyncdiff_pl.callbacks.roles import write_atomically
+from asyncdiff_pl.callbacks.frame_files import write_atomically
 from asyncdiff_pl.models.base import Prediction
 
 Row = dict[str, str]
@@ -72,7 +72,7 @@ def read_table(path: Path) -> list[Row]:
 
 def write_table(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Writes a table under its name when it is complete."""
-    write_atomically(path, lambda file: file.write(format_table(rows, columns).encode()))
+    write_atomically(path, format_table(rows, columns).encode())
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str], header: bool = True) -> str:
