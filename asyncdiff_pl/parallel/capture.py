@@ -10,6 +10,7 @@ Source: CUDA graphs in PyTorch's notes on CUDA semantics.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -56,7 +57,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _recording_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._num_alive = 0
 
@@ -108,6 +109,18 @@ class CudaRecorder:
                 # process groups, data loaders and watches go on in threads of their own
                 stack.enter_context(torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"))
             yield
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that everything is recorded on: libraries keep a workspace for each one that they ever ran on."""
+    stream = torch.cuda.Stream(device)
+    with torch.inference_mode(False), torch.cuda.stream(stream):
+        # cuBLAS takes its workspace now, and not out of a recording's memory, which it would never give back
+        square = torch.ones(16, 16, device=device)
+        square @ square
+    stream.synchronize()
+    return stream
 
 
 class _CudaRecording:
