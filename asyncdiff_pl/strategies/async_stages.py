@@ -82,6 +82,7 @@ class AsyncDiffStrategy(GroupStrategy):
             super().__init__(None, None, timeout)
         else:
             check_modes(given, warm_up, compile, warm_up_mode, simulate)
+            _check_balance(balance, stages, cut)
             super().__init__(given, 1 if simulate else given.pipeline_ranks, timeout)
         self.stages = stages
         self.stride = stride
@@ -264,6 +265,12 @@ class AsyncDiffStrategy(GroupStrategy):
             "simulate": self.simulate,
             "cut": self._handle.cut_hash if self._handle and self._handle.cut else None,
         }
+
+
+def _check_balance(balance: str, stages: int, cut: list[list[str]] | None) -> None:
+    if balance == "measured" and (stages == 1 or cut is not None):
+        why = "stages is 1, so that nothing is cut" if stages == 1 else "a cut is given"
+        raise ValueError(f"balance measured finds a cut by measured times, and {why}; take balance operations.")
 
 
 def _refuse_beside_auto(**settings: Any) -> None:

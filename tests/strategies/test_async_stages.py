@@ -52,6 +52,11 @@ def over(strategy, devices, nodes=1, rank=0):
         ({"stages": 2, "warm_up": 0}, "warm_up is 0; at least 1"),
         ({"stages": 2, "refresh_every": 0}, "refresh_every is 0; give 2 or more"),
         ({"stages": 2, "cut": [["conv_in"]]}, "The cut has 1 stages, but stages is 2; make them equal"),
+        ({"balance": "measured"}, "balance measured finds a cut .*, and stages is 1, .*; take balance operations"),
+        (
+            {"stages": 2, "balance": "measured", "cut": [["a"], ["b"]]},
+            "balance measured finds a cut .*, and a cut is given",
+        ),
         ({"timeout": 0.0}, "timeout is 0.0 s; give a number of seconds above 0"),
         (
             {"layout": "auto", "stages": 2},
@@ -323,7 +328,7 @@ def test_a_run_that_goes_on_keeps_its_layout_where_it_fits(tiny, devices, layout
     [
         ({"balance": "measured"}, [["a"], ["b"]]),
         ({}, None),
-        ({"balance": "measured", "cut": [["c"], ["d"]]}, [["c"], ["d"]]),
+        ({"cut": [["c"], ["d"]]}, [["c"], ["d"]]),
     ],
 )
 def test_a_run_that_goes_on_keeps_a_measured_cut(settings, cut):
