@@ -84,7 +84,8 @@ def jobs_of(model: str) -> list[Job]:
     for gpus in (2, 4):
         found.append(Job(gpus, "original AsyncDiff", {"stages": gpus, "cut": ORIGINAL[model, gpus]}))
         found.append(Job(gpus, f"{gpus} stages", {"stages": gpus}))
-    found.insert(2, Job(2, "cfg 2", {"cfg": 2}))
+        found.append(Job(gpus, f"{gpus} stages, folded", {"stages": gpus, "folded": True}))
+    found.insert(3, Job(2, "cfg 2", {"cfg": 2}))
     found.append(Job(4, "cfg 2 x 2 stages", {"stages": 2, "cfg": 2}))
     return found
 

@@ -141,6 +141,7 @@ def parallelize(
     compile: CompileMode = "none",
     balance: BalanceMode = "operations",
     warm_up_mode: WarmUpMode = "replicated",
+    folded: bool = False,
     share_decoding: bool = False,
     simulate: bool = False,
     scheduler: Any = None,
@@ -173,6 +174,8 @@ def parallelize(
         warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage,
             one after the other, and holds the weights of its stage alone. The others' never get onto a GPU if the
             denoiser is brought there after this call, not before.
+        folded: Whether a found cut's last stage may own both ends of the denoiser: a UNet's large outer skip
+            connections then stay at home, for slow links, and what the stages see is a step older.
         share_decoding: Whether the ranks share out the decoding of a video's frames, in chunks of `decode_chunk_size`
             (Stable Video Diffusion, AnimateDiff); then all of them must call `pipe.decode_latents`, where it is called
             outside of the pipeline.
@@ -220,7 +223,9 @@ def parallelize(
     pipeline, agreement = None, None
     # one rank alone is captured and compiled as well
     if layout.pipeline_ranks > 1 or capture or compile != "none":
-        settings = Settings(layout, warm_up, time_shift, cut, refresh_every, capture, compile, balance, warm_up_mode)
+        settings = Settings(
+            layout, warm_up, time_shift, cut, refresh_every, capture, compile, balance, warm_up_mode, folded
+        )
         pipeline = StagePipeline(denoiser, trajectory, settings, exchange, coordinates)
     if pipeline and exchange:
         agreement = Agreement(denoiser, trajectory, exchange, lambda: pipeline.turns_asynchronous)

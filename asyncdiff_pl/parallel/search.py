@@ -63,7 +63,7 @@ def candidates(num_ranks: int, is_guided: bool | None) -> list[Layout]:
 
 
 def predict(
-    layout: Layout, graph: Graph, costs: Sequence[int], steps: Sequence[tuple[int, int]], bandwidth: float
+    layout: Layout, graph: Graph, costs: Sequence[int], steps: Sequence[tuple[int, int]], bandwidth: float, folded: bool
 ) -> Candidate:
     """Foresees what a layout would be like.
 
@@ -73,8 +73,9 @@ def predict(
         costs: Nanoseconds of each unit there.
         steps: For each step count of the run its steps and how many of them are exact.
         bandwidth: Bytes a second that a rank takes in beside its computation.
+        folded: Whether the last stage may own both ends of the denoiser.
     """
-    owner = find_cut(graph, layout.stages, costs)
+    owner = find_cut(graph, layout.stages, costs, folded)
     boundary = find_boundary(graph, owner, costs)
     total = sum(costs)
     shares = [sum(cost for cost, k in zip(costs, owner, strict=True) if k == s) / total for s in range(layout.stages)]

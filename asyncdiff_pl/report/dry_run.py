@@ -138,7 +138,7 @@ def _cost(strategy: Any, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     stages = getattr(strategy, "stages", 1)
     if stages == 1:
         return Cost(total, (1.0,), 0)
-    owner = find_cut(graph, stages) if strategy.cut is None else resolve_cut(graph, strategy.cut)
+    owner = find_cut(graph, stages, None, strategy.folded) if strategy.cut is None else resolve_cut(graph, strategy.cut)
     shares = (sum(u.flops for u, k in zip(graph.units, owner, strict=True) if k == s) / total for s in range(stages))
     return Cost(total, tuple(shares), bytes_per_step(graph, find_boundary(graph, owner)))
 

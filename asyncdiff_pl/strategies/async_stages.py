@@ -50,6 +50,8 @@ class AsyncDiffStrategy(GroupStrategy):
             units on this device, kept on disk.
         warm_up_mode: replicated has every rank compute exact steps whole; relay has each compute its own stage, one
             after the other, and holds the weights of its stage alone: slower, with less memory.
+        folded: Whether a found cut's last stage may own both ends of the denoiser: a UNet's large outer skip
+            connections then stay at home, which suits slow links, and what the stages see is a step older.
         layout: fixed takes stages, stride and cfg as given; auto chooses stages and cfg for the number of devices by
             what the denoiser's units cost (see balance) and how old what the stages see would be, and says why.
         simulate: Plays all ranks in one process, to see a layout's quality on one device without its speed.
@@ -69,6 +71,7 @@ class AsyncDiffStrategy(GroupStrategy):
         compile: Literal["none", "blocks", "full"] = "none",
         balance: Literal["operations", "measured"] = "operations",
         warm_up_mode: Literal["replicated", "relay"] = "replicated",
+        folded: bool = False,
         layout: Literal["fixed", "auto"] = "fixed",
         simulate: bool = False,
         timeout: float = 600.0,
@@ -95,6 +98,7 @@ class AsyncDiffStrategy(GroupStrategy):
         self.compile = compile
         self.balance = balance
         self.warm_up_mode = warm_up_mode
+        self.folded = folded
         self.layout = layout
         self.simulate = simulate
         self.choice: Choice | None = None
@@ -183,7 +187,8 @@ class AsyncDiffStrategy(GroupStrategy):
 
         denoiser = module.denoiser if measures else None
         return choose_layout(
-            *(self.ranks_per_group, module.is_guided, self._allows, example_call, steps, self.root_device, denoiser)
+            *(self.ranks_per_group, module.is_guided, self._allows, example_call, steps, self.root_device, denoiser),
+            folded=self.folded,
         )
 
     def _allows(self, layout: Layout) -> bool:
@@ -239,6 +244,7 @@ class AsyncDiffStrategy(GroupStrategy):
             compile=self.compile,
             balance=self.balance,
             warm_up_mode=self.warm_up_mode,
+            folded=self.folded,
             share_decoding=True,
             simulate=self.simulate,
             timeout=self.timeout,
@@ -262,6 +268,7 @@ class AsyncDiffStrategy(GroupStrategy):
             "compile": self.compile,
             "balance": self.balance,
             "warm_up_mode": self.warm_up_mode,
+            "folded": self.folded,
             "simulate": self.simulate,
             "cut": self._handle.cut_hash if self._handle and self._handle.cut else None,
         }

@@ -108,6 +108,7 @@ def choose_layout(
     steps: Sequence[tuple[int, int]],
     device: torch.device,
     denoiser: nn.Module | None = None,
+    folded: bool = False,
 ) -> Choice:
     """Chooses stages and guidance axis.
 
@@ -119,6 +120,7 @@ def choose_layout(
         steps: For each step count of the run its steps and how many of them are exact.
         device: Where the denoiser computes.
         denoiser: The denoiser itself, to be measured on the device, not compiled; None counts operations.
+        folded: Whether a stage may own both ends of the denoiser.
 
     Raises:
         ValueError: No layout of so many ranks is possible.
@@ -137,7 +139,8 @@ def choose_layout(
             graphs[layout.cfg] = _graph_and_costs(layout, example, cost_of)
         graph, costs = graphs[layout.cfg]
         if layout.stages <= len(graph.units):
-            foreseen.append(predict(layout, graph, costs, steps, BANDWIDTH.get(device.type, BANDWIDTH["cpu"])))
+            bandwidth = BANDWIDTH.get(device.type, BANDWIDTH["cpu"])
+            foreseen.append(predict(layout, graph, costs, steps, bandwidth, folded))
     if not foreseen:
         raise ValueError(f"{num_ranks} ranks are more than the denoiser has units to share out; start fewer devices.")
     chosen = choose(foreseen)

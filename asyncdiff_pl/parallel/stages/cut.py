@@ -1,9 +1,10 @@
 """Which stage owns which unit: a cut that is given by module names, or found.
 
-A found cut is contiguous in the order of execution, or folded: its last stage owns both ends of the denoiser, which
-keeps the large outer skip connections at home. The slowest stage's share of the costs counts first; among cuts within
-`TOLERANCE` of the best, the one with the fewest stale bytes is taken. Costs are operations, which are counted, so that
-every rank and every run comes to the same cut; or they are times, which ranks must have agreed on.
+A found cut is contiguous in the order of execution; or it may be folded: its last stage owns both ends of the denoiser,
+which keeps the large outer skip connections at home, but lets what the stages see get a step older. The slowest stage's
+share of the costs counts first; among cuts within `TOLERANCE` of the best, the one with the fewest stale bytes is
+taken. Costs are operations, which are counted, so that every rank and every run comes to the same cut; or they are
+times, which ranks must have agreed on.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ def resolve_cut(graph: Graph, cut: Sequence[Sequence[str]], leaves_out: bool = F
     return [stage for stage in owner if stage is not None]
 
 
-def find_cut(graph: Graph, stages: int, costs: Sequence[int] | None = None) -> list[int]:
+def find_cut(graph: Graph, stages: int, costs: Sequence[int] | None = None, folded: bool = False) -> list[int]:
     """Finds the stage of each unit for a number of stages.
 
     Args:
         graph: The denoiser's units, at the shapes in use.
         stages: Number of stages.
         costs: What each unit costs; None counts its operations.
+        folded: Whether the last stage may own both ends of the denoiser.
 
     Raises:
         ValueError: There are more stages than units.
@@ -65,7 +67,7 @@ def find_cut(graph: Graph, stages: int, costs: Sequence[int] | None = None) -> l
         return [0] * len(graph.units)
     if stages > len(graph.units):
         raise ValueError(f"{stages} stages are more than the denoiser's {len(graph.units)} units; take fewer stages.")
-    search = _Search(graph, costs)
+    search = _Search(graph, costs, folded)
     limit = math.floor(search.least_maximum(stages) * (1 + TOLERANCE))
     candidates = []
     for _, slowest, bounds in search.partitions(stages, limit):
@@ -99,9 +101,11 @@ def cut_hash(names: Sequence[Sequence[str]]) -> str:
 class _Search:
     """Searches the cuts whose stages are `[a, b), ..., [y, z)` and, last, `[0, a)` with `[z, end)`."""
 
-    def __init__(self, graph: Graph, costs: Sequence[int] | None) -> None:
+    def __init__(self, graph: Graph, costs: Sequence[int] | None, folded: bool) -> None:
         self.graph = graph
         self.size = len(graph.units)
+        self.starts = range(self.size if folded else 1)
+        """Where the first stage may begin; what is before it is the last stage's."""
         self.before = [0]
         """Cost of the units before each."""
         for cost in costs or [unit.flops for unit in graph.units]:
@@ -123,7 +127,7 @@ class _Search:
         return low
 
     def _fits(self, stages: int, limit: int) -> bool:
-        for start in range(self.size):
+        for start in self.starts:
             if self.before[start] > limit:
                 return False
             at = start
@@ -139,7 +143,7 @@ class _Search:
         Yields:
             Stale bytes, cost of the slowest stage, and the bounds.
         """
-        for start in range(self.size):
+        for start in self.starts:
             if self.before[start] > limit:
                 return
             inner = self._inner(start, stages - 1, limit)

@@ -313,6 +313,7 @@ class StagePipeline(TrajectoryListener):
                 *(self._twin, self._forward, self.settings.layout, self._cut, *inputs),
                 leaves_out=self.trajectory.call > 0,
                 measure=self._measure(inputs),
+                folded=self.settings.folded,
             )
         stream.program = self._programs[stream.signature]
         layout, boundary = self.settings.layout, stream.program.boundary

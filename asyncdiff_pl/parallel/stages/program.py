@@ -51,6 +51,7 @@ class Program:
         kwargs: dict[str, Any],
         leaves_out: bool = False,
         measure: Callable[[Graph], list[int]] | None = None,
+        folded: bool = False,
     ) -> Program:
         """Traces a denoiser and cuts it.
 
@@ -64,13 +65,15 @@ class Program:
             leaves_out: Whether the call may leave out modules that the cut names, as a step's second call does that
                 skips layers.
             measure: Gives nanoseconds of each unit for a cut to balance, the same on all ranks; None counts operations.
+            folded: Whether a found cut's last stage may own both ends of the denoiser.
 
         Raises:
             ValueError: The cut does not fit the denoiser, or there are more stages than units.
         """
         graph = trace(twin, args, kwargs, find_latents(forward, args, kwargs))
         measured = measure(graph) if measure is not None and cut is None else None
-        owner = find_cut(graph, layout.stages, measured) if cut is None else resolve_cut(graph, cut, leaves_out)
+        found = cut is None
+        owner = find_cut(graph, layout.stages, measured, folded) if found else resolve_cut(graph, cut, leaves_out)
         boundary = find_boundary(graph, owner, measured)
         return cls(
             graph,

@@ -28,6 +28,7 @@ class Settings:
         compile: What torch compiles: nothing, the repeated blocks, or the whole denoiser.
         balance: What a cut balances: counted operations, or times measured on the device.
         warm_up_mode: Whether exact steps are computed by every rank, or from stage to stage.
+        folded: Whether a found cut's last stage may own both ends of the denoiser.
     """
 
     layout: Layout
@@ -39,3 +40,4 @@ class Settings:
     compile: CompileMode = "none"
     balance: BalanceMode = "operations"
     warm_up_mode: WarmUpMode = "replicated"
+    folded: bool = False
