@@ -6,7 +6,7 @@ from asyncdiff_pl.parallel import Layout
 
 
 @pytest.mark.parametrize(
-    ("settings", "stage_ranks", "pipeline_ranks", "world_size"),
+    ("settings", "ranks_per_half", "pipeline_ranks", "world_size"),
     [
         ({}, 1, 1, 1),
         ({"stages": 3}, 3, 3, 3),
@@ -17,9 +17,9 @@ from asyncdiff_pl.parallel import Layout
         ({"stages": 8, "data": 2}, 8, 8, 16),
     ],
 )
-def test_sizes(settings, stage_ranks, pipeline_ranks, world_size):
+def test_sizes(settings, ranks_per_half, pipeline_ranks, world_size):
     layout = Layout(**settings)
-    assert (layout.stage_ranks, layout.pipeline_ranks, layout.world_size) == (stage_ranks, pipeline_ranks, world_size)
+    assert (layout.ranks_per_half, layout.pipeline_ranks, layout.world_size) == (ranks_per_half, pipeline_ranks, world_size)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,301 @@
+"""Patch parallelism on a UNet: each rank computes some rows of the picture, layer by layer beside the others.
+
+The pipeline around the denoiser runs on every rank as it always does. Only the denoiser's call is replaced: it takes
+the own rows out of the arguments, runs the network on them, in which convolutions, GroupNorms and self-attention look
+beyond the patch, and puts the result together again from all ranks' rows.
+
+Source: DistriFusion (arXiv 2402.19481) and PCPP (arXiv 2412.02962).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from asyncdiff_pl.parallel.exchange import Exchange
+from asyncdiff_pl.parallel.guidance import Halves, find_latents, join_halves
+from asyncdiff_pl.parallel.patches.attention import extend, self_attentions, spatial_transformers
+from asyncdiff_pl.parallel.patches.convolution import Halo, convolve
+from asyncdiff_pl.parallel.patches.group_norm import normalise
+from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, shares
+from asyncdiff_pl.parallel.patches.settings import PatchSettings
+from asyncdiff_pl.parallel.patches.step import PatchStep
+from asyncdiff_pl.parallel.patches.traffic import LocalSwap, RankSwap, Traffic
+from asyncdiff_pl.parallel.stages.hooks import install, uninstall, with_signature
+from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
+
+KINDS = (UNet2DConditionModel, UNetSpatioTemporalConditionModel, UNetMotionModel)
+
+IN_ROWS = frozenset(
+    {
+        "sample",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+    }
+)
+"""Arguments whose tensors, nested or not, have the picture's rows in dimension -2."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class _Stream:
+    """One of the denoiser calls that a step makes, for the inputs that it has."""
+
+    signature: Any
+    rows: Rows
+    traffics: list[Traffic]
+    begins: int = 0
+    next_position: int | None = None
+
+
+class PatchPipeline(TrajectoryListener):
+    """Runs a denoiser's patches on the ranks of a pipeline, or all of them in one process.
+
+    Args:
+        denoiser: The network; its hooks are installed at once.
+        trajectory: Where the pipeline stands.
+        settings: Layout, mode, warm-up and portion.
+        exchange: This rank's messages; None plays all ranks in this process.
+        coordinates: Half of the guidance batch and patch of this rank.
+
+    Raises:
+        ValueError: The denoiser cannot be run in patches.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        trajectory: Trajectory,
+        settings: PatchSettings,
+        exchange: Exchange | None = None,
+        coordinates: tuple[int, int] = (0, 0),
+    ) -> None:
+        if not isinstance(denoiser, KINDS):
+            raise ValueError(
+                f"Patches are for the UNets of Stable Diffusion, SDXL, Stable Video Diffusion and AnimateDiff, and the "
+                f"denoiser is a {type(denoiser).__name__}; take stages or cfg."
+            )
+        self.denoiser = denoiser
+        self.trajectory = trajectory
+        self.settings = settings
+        self.exchange = exchange
+        self.asynchronous_steps = 0
+        """Steps so far that used other patches' values of the step before, or none."""
+        self.exact_steps = 0
+        """Steps of the sample in work, or of the last one, that were computed exactly."""
+        self.bytes_per_step = 0
+        """Bytes that this process sent in the last asynchronous step after which another one followed."""
+        half, patch = coordinates
+        layout = settings.layout
+        self._halves_here = [half] if exchange else list(range(layout.cfg))
+        self._own = (patch,) if exchange else tuple(range(layout.patches))
+        self._swap = RankSwap(exchange) if exchange else LocalSwap()
+        self._forward = with_signature(denoiser.forward)
+        self._signature = inspect.signature(denoiser.forward)
+        self._halves = Halves(self._forward, layout.cfg)
+        self._unit = 2 ** (len(denoiser.down_blocks) - 1)
+        self._streams: dict[int, _Stream] = {}
+        self._step: PatchStep | None = None
+        self._columns = 0
+        self._seen_by = 0
+        self._extended: dict[str, list[torch.Tensor]] = {}
+        self._last_exact: int | None = None
+        self._install()
+        trajectory.subscribe(self)
+
+    def _install(self) -> None:
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
+                halo = Halo.of(module, name)
+                if not halo.is_empty:
+                    install(module, self._convolution(name, module, halo))
+            elif isinstance(module, nn.GroupNorm):
+                install(module, self._group_norm(name, module))
+        for _, transformer in spatial_transformers(self.denoiser):
+            install(transformer, self._run_transformer)
+        for name, attention in self_attentions(self.denoiser):
+            install(attention, self._run_attention)
+            for projection in ("to_k", "to_v"):
+                install(getattr(attention, projection), self._projection(f"{name}.{projection}"))
+        install(self.denoiser, self._run_denoiser)
+
+    # -- handle -------------------------------------------------------------------------------------------------
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of other patches' values that this process has sent so far."""
+        return self._swap.sent_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers that hold other patches' values for the next step."""
+        return sum(traffic.held_bytes for stream in self._streams.values() for traffic in stream.traffics)
+
+    @property
+    def turns_asynchronous(self) -> bool:
+        """Whether the step in work is the sample's last synchronous one for now."""
+        return self._last_exact == self.trajectory.position
+
+    def reset(self) -> None:
+        """Forgets the sample in work, with all stale values."""
+        for stream in self._streams.values():
+            for traffic in stream.traffics:
+                traffic.drop()
+        self._streams.clear()
+
+    def remove(self) -> None:
+        """Gives the denoiser back as it was."""
+        self.reset()
+        self.trajectory.unsubscribe(self)
+        uninstall(self.denoiser)
+
+    # -- what the trajectory tells ------------------------------------------------------------------------------
+
+    def on_sample_begin(self, trajectory: Trajectory) -> None:
+        """Begins warm-up anew."""
+        self.exact_steps, self._last_exact = 0, None
+        for stream in self._streams.values():
+            stream.next_position = None
+
+    # -- one call of the denoiser -------------------------------------------------------------------------------
+
+    def _run_denoiser(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._check_free_u()
+        trajectory, settings = self.trajectory, self.settings
+        position = trajectory.position
+        is_whole = self._halves.are_one(args, kwargs, position == trajectory.call == 0)
+        halves = self._halves_here[:1] if is_whole else self._halves_here
+        inputs = [(args, kwargs) if is_whole else self._halves(args, kwargs, half) for half in halves]
+        stream = self._prepare(is_whole, inputs[0])
+        number, is_last = position - stream.begins, position + 1 >= trajectory.num_steps
+        is_exact = settings.is_synchronous(number)
+        if trajectory.call == 0:
+            self.exact_steps += is_exact
+            self.asynchronous_steps += not is_exact
+        if is_exact and number + 1 == (1 if settings.mode == "full_sync" else settings.warm_up):
+            self._last_exact = position
+        before, outputs, spec = self.sent_bytes, [], None
+        for at, (own_args, own_kwargs) in enumerate(inputs):
+            traffic = stream.traffics[at]
+            traffic.sends = not is_last
+            self._step = PatchStep.of(settings, number, is_last, stream.rows, traffic)
+            try:
+                bound = self._signature.bind(*own_args, **own_kwargs)
+                for name in IN_ROWS & bound.arguments.keys():
+                    bound.arguments[name] = tree_map_only(torch.Tensor, stream.rows.take, bound.arguments[name])
+                result = call(*bound.args, **bound.kwargs)
+            finally:
+                self._step = None
+                self._extended.clear()
+            leaves, spec = tree_flatten(result)
+            outputs.append([self._gather(leaf, stream.rows, traffic) for leaf in leaves])
+        if not is_exact and not is_last:
+            self.bytes_per_step = self.sent_bytes - before
+        if self.exchange is not None and settings.layout.cfg == 2 and not is_whole:
+            outputs = self.exchange.gather_halves(outputs[0])
+        return tree_unflatten(join_halves(outputs), spec)
+
+    def _prepare(self, is_whole: bool, inputs: Inputs) -> _Stream:
+        """What there is for the call in work."""
+        trajectory = self.trajectory
+        position, latents = trajectory.position, find_latents(self._forward, *inputs)
+        # texts and residuals may change: nothing that is stale depends on their shapes
+        signature = is_whole, latents.shape, latents.dtype, latents.device
+        stream = self._streams.get(trajectory.call)
+        if stream is None or stream.signature != signature:
+            if stream is not None:
+                for traffic in stream.traffics:
+                    traffic.drop()
+                if stream.next_position is not None and self.settings.mode != "full_sync":
+                    warnings.warn(
+                        f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
+                        stacklevel=2,
+                    )
+            rows = Rows(shares(latents.shape[ROWS], self.settings.layout.patches, self._unit), self._own)
+            traffics = [Traffic(self._swap) for _ in self._halves_here]
+            stream = self._streams[trajectory.call] = _Stream(signature, rows, traffics, position)
+        elif stream.next_position != position:
+            # a new sample, or a call after steps without it
+            for traffic in stream.traffics:
+                traffic.drop()
+            stream.begins = position
+        stream.next_position = position + 1
+        return stream
+
+    def _gather(self, leaf: Any, rows: Rows, traffic: Traffic) -> Any:
+        """All rows of the result, on every rank."""
+        if not isinstance(leaf, torch.Tensor) or len(rows.own) == rows.patches:
+            return leaf
+        (patch,) = rows.own
+        own, into, shape = leaf.contiguous(), {}, list(leaf.shape)
+        for other in range(rows.patches):
+            if other != patch:
+                shape[ROWS] = rows.shares[other]
+                into[other] = leaf.new_empty(shape)
+        sends = [dict.fromkeys(into, own)]
+        each = traffic.now(sends, [into], "the estimate")[0] | {patch: leaf}
+        return torch.cat([each[number] for number in range(rows.patches)], ROWS)
+
+    def _check_free_u(self) -> None:
+        if any(getattr(block, "s1", None) is not None for block in self.denoiser.up_blocks):
+            raise ValueError(
+                "FreeU filters frequencies of the whole picture, of which a patch sees a part: call `disable_freeu()`, "
+                "or take stages or cfg."
+            )
+
+    # -- layers -------------------------------------------------------------------------------------------------
+
+    def _convolution(self, name: str, module: nn.Conv2d, halo: Halo) -> Callable[..., Any]:
+        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (
+                convolve(name, module, halo, *args, **kwargs, step=self._step) if self._step else call(*args, **kwargs)
+            )
+
+        return run
+
+    def _group_norm(self, name: str, module: nn.GroupNorm) -> Callable[..., Any]:
+        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._step is None:
+                return call(*args, **kwargs)
+            return normalise(name, module, *args, **kwargs, step=self._step)
+
+        return run
+
+    def _run_transformer(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._columns = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).shape[-1]
+        return call(*args, **kwargs)
+
+    def _run_attention(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step = self._step
+        if step is None or len(step.rows.own) == 1:
+            return call(*args, **kwargs)
+        # one process plays all patches: each sees other keys and values, of which its own rows are kept
+        found = []
+        for self._seen_by in range(step.rows.patches):
+            grid = call(*args, **kwargs).unflatten(1, (-1, self._columns))
+            found.append(step.rows.split(grid, dim=1)[self._seen_by].flatten(1, 2))
+        self._seen_by = 0
+        self._extended.clear()
+        return torch.cat(found, 1)
+
+    def _projection(self, name: str) -> Callable[..., Any]:
+        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._step is None:
+                return call(*args, **kwargs)
+            if len(self._step.rows.own) == 1:
+                return extend(name, call(*args, **kwargs), self._columns, self._step)[0]
+            if name not in self._extended:
+                self._extended[name] = extend(name, call(*args, **kwargs), self._columns, self._step)
+            return self._extended[name][self._seen_by]
+
+        return run
