@@ -19,7 +19,11 @@ from asyncdiff_pl.parallel import Layout
 )
 def test_sizes(settings, ranks_per_half, pipeline_ranks, world_size):
     layout = Layout(**settings)
-    assert (layout.ranks_per_half, layout.pipeline_ranks, layout.world_size) == (ranks_per_half, pipeline_ranks, world_size)
+    assert (layout.ranks_per_half, layout.pipeline_ranks, layout.world_size) == (
+        ranks_per_half,
+        pipeline_ranks,
+        world_size,
+    )
 
 
 @pytest.mark.parametrize(
