@@ -95,7 +95,7 @@ class Parallel:
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of one asynchronous step: of stages, over all ranks of half a guidance batch; of patches, those sent here."""
+        """Bytes of one asynchronous step: for stages over all ranks of a half, for patches as sent here."""
         return self._pipeline.bytes_per_step if self._pipeline else 0
 
     @property

@@ -63,7 +63,7 @@ def test_a_second_handle_for_the_same_denoiser():
     assert not denoiser._forward_pre_hooks
     again = parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
     handle.remove()  # the second time: what came after it stays
-    with pytest.raises(ValueError, match="cut into stages already"):
+    with pytest.raises(ValueError, match="run in parallel already"):
         parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
     again.remove()
 
