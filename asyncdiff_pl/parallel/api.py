@@ -13,6 +13,7 @@ from torch import nn
 
 from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
+from asyncdiff_pl.parallel.hooks import is_installed
 from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.patches.pipeline import PatchPipeline
@@ -20,7 +21,6 @@ from asyncdiff_pl.parallel.patches.settings import PatchMode, PatchSettings
 from asyncdiff_pl.parallel.sharing import SharedDecoding, can_share
 from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_hash
-from asyncdiff_pl.parallel.stages.hooks import is_installed
 from asyncdiff_pl.parallel.stages.pipeline import StagePipeline
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.settings import BalanceMode, CompileMode, Settings, WarmUpMode
@@ -101,12 +101,12 @@ class Parallel:
     @property
     def num_graphs(self) -> int:
         """CUDA graphs that were recorded so far; a sample in which it grew took longer than others."""
-        return self._pipeline.recordings.num_graphs if isinstance(self._pipeline, StagePipeline) else 0
+        return self._pipeline.recordings.num_graphs if self._pipeline else 0
 
     @property
     def capture_refusal(self) -> str:
         """Why steps are not captured though `capture` is set; empty if they are, or before the first denoiser call."""
-        return self._pipeline.recordings.refusal if isinstance(self._pipeline, StagePipeline) else ""
+        return self._pipeline.recordings.refusal if self._pipeline else ""
 
     def reset(self) -> None:
         """Forgets the sample in work, as after an interruption: the next denoiser call begins a new one."""
@@ -213,13 +213,12 @@ def parallelize(
             refresh_every=refresh_every,
             time_shift=time_shift,
             cut=cut,
-            capture=capture,
             compile=compile,
             balance=balance,
             warm_up_mode=warm_up_mode,
         )
         assert isinstance(warm_up, int)
-        patch_settings = PatchSettings(layout, mode, warm_up, portion)
+        patch_settings = PatchSettings(layout, mode, warm_up, portion, capture)
     check_settings(layout, warm_up, cut, refresh_every)
     check_modes(layout, warm_up, compile, warm_up_mode, simulate)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)

@@ -72,7 +72,7 @@ def extend(name: str, projected: torch.Tensor, columns: int, step: PatchStep) ->
             traffic.keep(name, _seen(received, rows, sizes, step.portion))
     elif step.source is not Source.NONE:
         received = traffic.before(name)
-        if step.source is Source.STALE:
+        if step.sends:
             traffic.later(name, _sends(parts, rows, sizes, step.portion))
     found = []
     for patch, part, others in zip(rows.own, parts, received, strict=True):

@@ -89,7 +89,7 @@ def convolve(name: str, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tensor
             traffic.keep(name, received)
     elif step.source is not Source.NONE:
         received = traffic.before(name)
-        if step.source is Source.STALE:
+        if step.sends:
             traffic.later(name, _edges(parts, rows, halo))
     found = []
     for patch, part, others in zip(rows.own, parts, received, strict=True):

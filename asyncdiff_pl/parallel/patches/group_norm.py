@@ -83,7 +83,8 @@ def _moments_to_use(name: str, own: list[torch.Tensor], sizes: Sequence[int], st
             traffic.keep(name, received, own)
         return [_all(*each, sizes) for each in zip(rows.own, own, received, strict=True)]
     received, before = traffic.before(name), traffic.own_before(name)
-    traffic.later(name, sends, own)
+    if step.sends:
+        traffic.later(name, sends, own)
     if statistics is Statistics.STALE:
         return [_all(*each, sizes) for each in zip(rows.own, own, received, strict=True)]
     stale = [_all(*each, sizes) for each in zip(rows.own, before, received, strict=True)]

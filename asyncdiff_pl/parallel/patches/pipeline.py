@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import Halves, find_latents, join_halves
+from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
 from asyncdiff_pl.parallel.patches.attention import extend, self_attentions, spatial_transformers
 from asyncdiff_pl.parallel.patches.convolution import Halo, convolve
 from asyncdiff_pl.parallel.patches.group_norm import normalise
 from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, shares
-from asyncdiff_pl.parallel.patches.settings import PatchSettings
+from asyncdiff_pl.parallel.patches.settings import PatchSettings, Source
 from asyncdiff_pl.parallel.patches.step import PatchStep
 from asyncdiff_pl.parallel.patches.traffic import LocalSwap, RankSwap, Traffic
-from asyncdiff_pl.parallel.stages.hooks import install, uninstall, with_signature
+from asyncdiff_pl.parallel.phases import Inputs, Made, Phase, Phases
+from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 
 KINDS = (UNet2DConditionModel, UNetSpatioTemporalConditionModel, UNetMotionModel)
@@ -44,18 +46,37 @@ IN_ROWS = frozenset(
 )
 """Arguments whose tensors, nested or not, have the picture's rows in dimension -2."""
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 @dataclass
 class _Stream:
-    """One of the denoiser calls that a step makes, for the inputs that it has."""
+    """One of the denoiser calls that a step makes, for the latents that it has."""
 
     signature: Any
     rows: Rows
     traffics: list[Traffic]
     begins: int = 0
     next_position: int | None = None
+    result: TreeSpec | None = None
+    """How a result is nested."""
+    phases: Phases | None = None
+    """Recordings of its steps; None where they are not captured."""
+
+    @property
+    def held(self) -> Hashable:
+        """Tells the buffers of its halves from others."""
+        return tuple(traffic.held for traffic in self.traffics)
+
+    def abandon(self) -> None:
+        """Forgets the messages of a recording that came to nothing."""
+        for traffic in self.traffics:
+            traffic.abandon()
+
+    def drop(self) -> None:
+        """Gives recordings and buffers back."""
+        if self.phases is not None:
+            self.phases.drop()
+        for traffic in self.traffics:
+            traffic.drop()
 
 
 class PatchPipeline(TrajectoryListener):
@@ -99,9 +120,12 @@ class PatchPipeline(TrajectoryListener):
         layout = settings.layout
         self._halves_here = [half] if exchange else list(range(layout.cfg))
         self._own = (patch,) if exchange else tuple(range(layout.patches))
+        self.sent_bytes = 0
+        """Bytes of other patches' values that this process has sent so far."""
         self._swap = RankSwap(exchange) if exchange else LocalSwap()
         self._forward = with_signature(denoiser.forward)
         self._signature = inspect.signature(denoiser.forward)
+        self.recordings = Recordings(denoiser, self._forward, exchange, settings.capture)
         self._halves = Halves(self._forward, layout.cfg)
         self._unit = 2 ** (len(denoiser.down_blocks) - 1)
         self._streams: dict[int, _Stream] = {}
@@ -132,11 +156,6 @@ class PatchPipeline(TrajectoryListener):
     # -- handle -------------------------------------------------------------------------------------------------
 
     @property
-    def sent_bytes(self) -> int:
-        """Bytes of other patches' values that this process has sent so far."""
-        return self._swap.sent_bytes
-
-    @property
     def held_bytes(self) -> int:
         """Bytes of the buffers that hold other patches' values for the next step."""
         return sum(traffic.held_bytes for stream in self._streams.values() for traffic in stream.traffics)
@@ -149,8 +168,7 @@ class PatchPipeline(TrajectoryListener):
     def reset(self) -> None:
         """Forgets the sample in work, with all stale values."""
         for stream in self._streams.values():
-            for traffic in stream.traffics:
-                traffic.drop()
+            stream.drop()
         self._streams.clear()
 
     def remove(self) -> None:
@@ -166,6 +184,9 @@ class PatchPipeline(TrajectoryListener):
         self.exact_steps, self._last_exact = 0, None
         for stream in self._streams.values():
             stream.next_position = None
+            if stream.phases is not None:
+                stream.phases.begin_sample()
+        self.recordings.look_again()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
@@ -184,26 +205,60 @@ class PatchPipeline(TrajectoryListener):
             self.asynchronous_steps += not is_exact
         if is_exact and number + 1 == (1 if settings.mode == "full_sync" else settings.warm_up):
             self._last_exact = position
-        before, outputs, spec = self.sent_bytes, [], None
-        for at, (own_args, own_kwargs) in enumerate(inputs):
-            traffic = stream.traffics[at]
-            traffic.sends = not is_last
-            self._step = PatchStep.of(settings, number, is_last, stream.rows, traffic)
-            try:
-                bound = self._signature.bind(*own_args, **own_kwargs)
-                for name in IN_ROWS & bound.arguments.keys():
-                    bound.arguments[name] = tree_map_only(torch.Tensor, stream.rows.take, bound.arguments[name])
-                result = call(*bound.args, **bound.kwargs)
-            finally:
-                self._step = None
-                self._extended.clear()
-            leaves, spec = tree_flatten(result)
-            outputs.append([self._gather(leaf, stream.rows, traffic) for leaf in leaves])
+        steps = [
+            PatchStep.of(settings, number, is_last, stream.rows, traffic) for traffic in stream.traffics[: len(inputs)]
+        ]
+        made = self._run_phase(stream, steps, inputs, call)
         if not is_exact and not is_last:
-            self.bytes_per_step = self.sent_bytes - before
-        if self.exchange is not None and settings.layout.cfg == 2 and not is_whole:
-            outputs = self.exchange.gather_halves(outputs[0])
-        return tree_unflatten(join_halves(outputs), spec)
+            self.bytes_per_step = made.sent_bytes
+        return tree_unflatten(made.estimate, stream.result)
+
+    def _run_phase(
+        self, stream: _Stream, steps: list[PatchStep], inputs: list[Inputs], call: Callable[..., Any]
+    ) -> Made:
+        """Computes a step of all halves that this process plays, or replays one like it."""
+        step = steps[0]
+        is_exact = step.source is Source.FRESH
+        if is_exact:
+            phase = Phase("fill" if step.keeps else "exact", parity=step.traffic.parity)
+        else:
+            phase = Phase("asynchronous" if step.sends else "last", parity=step.traffic.parity)
+
+        def compute(given: list[Inputs]) -> Made:
+            before = self._swap.sent_bytes
+            outputs = [self._compute(stream, *each, call) for each in zip(steps, given, strict=True)]
+            if self.exchange is not None and self.settings.layout.cfg == 2 and not stream.signature[0]:
+                outputs = self.exchange.gather_halves(outputs[0])
+            if self.recordings.are_made:
+                # a recording ends with nothing under way
+                for each in steps:
+                    each.traffic.join()
+            return Made(join_halves(outputs), sent_bytes=self._swap.sent_bytes - before)
+
+        graphs = self.recordings.num_graphs
+        made = self.recordings.run(stream, phase, inputs, compute, self.trajectory.position)
+        self.trajectory.has_one_time_work |= self.recordings.num_graphs > graphs
+        self.sent_bytes += made.sent_bytes
+        for each in steps:
+            if each.keeps or each.sends:
+                each.traffic.turn_over()
+        return made
+
+    def _compute(
+        self, stream: _Stream, step: PatchStep, inputs: Inputs, call: Callable[..., Any]
+    ) -> list[torch.Tensor]:
+        """Runs the denoiser on the own rows, and gathers all rows of its result."""
+        bound = self._signature.bind(*inputs[0], **inputs[1])
+        for name in IN_ROWS & bound.arguments.keys():
+            bound.arguments[name] = tree_map_only(torch.Tensor, stream.rows.take, bound.arguments[name])
+        self._step = step
+        try:
+            result = call(*bound.args, **bound.kwargs)
+        finally:
+            self._step = None
+            self._extended.clear()
+        leaves, stream.result = tree_flatten(result)
+        return [self._gather(leaf, stream.rows, step.traffic) for leaf in leaves]
 
     def _prepare(self, is_whole: bool, inputs: Inputs) -> _Stream:
         """What there is for the call in work."""
@@ -214,9 +269,8 @@ class PatchPipeline(TrajectoryListener):
         stream = self._streams.get(trajectory.call)
         if stream is None or stream.signature != signature:
             if stream is not None:
-                for traffic in stream.traffics:
-                    traffic.drop()
-                if stream.next_position is not None and self.settings.mode != "full_sync":
+                stream.drop()
+                if stream.next_position is not None and self.settings.mode not in ("full_sync", "naive"):
                     warnings.warn(
                         f"The denoiser's inputs changed at step {position} of a sample: warm-up starts again.",
                         stacklevel=2,
@@ -224,17 +278,18 @@ class PatchPipeline(TrajectoryListener):
             rows = Rows(shares(latents.shape[ROWS], self.settings.layout.patches, self._unit), self._own)
             traffics = [Traffic(self._swap) for _ in self._halves_here]
             stream = self._streams[trajectory.call] = _Stream(signature, rows, traffics, position)
+            self.recordings.begin(stream, latents.device)
         elif stream.next_position != position:
             # a new sample, or a call after steps without it
             for traffic in stream.traffics:
-                traffic.drop()
+                traffic.restart()
             stream.begins = position
         stream.next_position = position + 1
         return stream
 
-    def _gather(self, leaf: Any, rows: Rows, traffic: Traffic) -> Any:
+    def _gather(self, leaf: torch.Tensor, rows: Rows, traffic: Traffic) -> torch.Tensor:
         """All rows of the result, on every rank."""
-        if not isinstance(leaf, torch.Tensor) or len(rows.own) == rows.patches:
+        if len(rows.own) == rows.patches:
             return leaf
         (patch,) = rows.own
         own, into, shape = leaf.contiguous(), {}, list(leaf.shape)

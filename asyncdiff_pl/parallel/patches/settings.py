@@ -50,6 +50,7 @@ class PatchSettings:
         mode: Where layers take what they need of other patches from, after warm-up.
         warm_up: Synchronous steps at the start of each sample.
         portion: Share of the neighbours' rows that self-attention sees after warm-up; 1 is all rows of all patches.
+        capture: Whether the steps are recorded as CUDA graphs and replayed.
 
     Raises:
         ValueError: A setting is out of range, or two do not go together.
@@ -59,6 +60,7 @@ class PatchSettings:
     mode: PatchMode = "full_sync"
     warm_up: int = 4
     portion: float = 1.0
+    capture: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -21,6 +21,7 @@ class PatchStep:
         portion: Share of the neighbours' rows that self-attention sees where they are not of this step.
         keeps_rows: Whether other patches' rows of this step are read in the next one.
         keeps_moments: Whether their moments are.
+        sends: Whether other patches read in the next step what is sent in this one.
     """
 
     rows: Rows
@@ -30,6 +31,12 @@ class PatchStep:
     portion: float
     keeps_rows: bool
     keeps_moments: bool
+    sends: bool
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything of this step is read in the next one."""
+        return self.keeps_rows or self.keeps_moments
 
     @classmethod
     def of(cls, settings: PatchSettings, number: int, is_last: bool, rows: Rows, traffic: Traffic) -> PatchStep:
@@ -53,4 +60,5 @@ class PatchStep:
             settings.portion,
             keeps_rows=after[0] in (Source.STALE, Source.FROZEN),
             keeps_moments=after[1] in (Statistics.STALE, Statistics.CORRECTED),
+            sends=settings.rows_from(number) is Source.STALE and not is_last,
         )

@@ -6,7 +6,7 @@ to it: that is the order which they keep to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,45 +65,37 @@ class LocalSwap:
 
 @dataclass
 class _Layer:
-    """What one layer has from other patches."""
+    """What one layer holds of other patches, and of the own ones: for this step and for the next."""
 
-    received: Parcels | None = None
-    pending: list[Pending] = field(default_factory=list)
-    sent: Parcels | None = None
-    spare: Parcels | None = None
-    own: list[torch.Tensor] = field(default_factory=list)
-
-    def settle(self) -> None:
-        """Waits for what is under way; on a GPU only the stream does."""
-        for message in self.pending:
-            message.wait()
-        self.pending.clear()
-        self.sent = None
+    others: list[Parcels | None] = field(default_factory=lambda: [None, None])
+    own: list[list[torch.Tensor] | None] = field(default_factory=lambda: [None, None])
 
 
 class Traffic:
     """Messages of one denoiser call's layers, and what stays of them for the next step.
 
+    Each layer has two buffers: one that a step reads, and one that is written meanwhile. They change places between
+    steps, and stay where they are in memory as long as the shapes do, so that a step can be recorded.
+
     Args:
-        swap: Gets them to the other patches.
+        swap: Gets messages to the other patches.
     """
 
     def __init__(self, swap: Swap) -> None:
         self._swap = swap
         self._layers: dict[str, _Layer] = {}
-        self.sends = True
-        """Whether there is a next step that will read what is sent now."""
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes that were sent by this process, by all calls together."""
-        return self._swap.sent_bytes
+        self._pending: dict[str, list[Pending]] = {}
+        self._sent: list[Parcels] = []
+        self.parity = 0
+        """Which of the two buffers this step reads."""
+        self.held: Hashable = object()
+        """Tells these buffers from others."""
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the buffers that are held for the next steps."""
-        parcels = [each for layer in self._layers.values() for each in (layer.received, layer.spare) if each]
-        return sum(tensor.nbytes for parcel in parcels for each in parcel for tensor in each.values())
+        """Bytes of the buffers."""
+        parcels = [parcel for layer in self._layers.values() for each in layer.others if each for parcel in each]
+        return sum(tensor.nbytes for parcel in parcels for tensor in parcel.values())
 
     def now(self, sends: Parcels, receives: Parcels, what: str) -> Parcels:
         """What the other patches have in this step.
@@ -122,21 +114,27 @@ class Traffic:
 
         Args:
             name: Name of the layer.
-            received: What came in; nobody writes into it any more.
+            received: What came in.
             own: What the own patches had.
         """
-        self._layers[name] = _Layer(received, own=list(own))
+        for buffers, parcel in zip(self._next(name, received), received, strict=True):
+            for source, tensor in parcel.items():
+                buffers[source].copy_(tensor)
+        self._keep_own(name, own)
 
     def before(self, name: str) -> Parcels:
         """What the other patches had in the step before, as far as it was kept or sent."""
-        layer = self._layers[name]
-        layer.settle()
-        assert layer.received is not None
-        return layer.received
+        for message in self._pending.pop(name, ()):
+            message.wait()
+        found = self._layers[name].others[self.parity]
+        assert found is not None
+        return found
 
     def own_before(self, name: str) -> list[torch.Tensor]:
         """What the own patches had in the step before."""
-        return self._layers[name].own
+        found = self._layers[name].own[self.parity]
+        assert found is not None
+        return found
 
     def later(self, name: str, sends: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
         """Sends what the other patches read in the next step, beside the computation; `before` comes before it.
@@ -146,22 +144,65 @@ class Traffic:
             sends: As for `now`; what comes in is like what came in the step before.
             own: What the own patches have.
         """
-        if not self.sends:
-            return
-        layer = self._layers[name]
-        assert layer.received is not None and not layer.pending
-        # what this step reads stays as it is until the step is over
-        into = layer.spare or [
-            {source: torch.empty_like(tensor) for source, tensor in parcel.items()} for parcel in layer.received
-        ]
-        layer.pending = self._swap.post(sends, into, name)
-        layer.sent, layer.spare, layer.received, layer.own = sends, layer.received, into, list(own)
+        like = self._layers[name].others[self.parity]
+        assert like is not None
+        self._pending[name] = self._swap.post(sends, self._next(name, like), name)
+        # until they have left
+        self._sent.append(sends)
+        self._keep_own(name, own)
+
+    def turn_over(self) -> None:
+        """Begins the next step: what was kept, or is coming in, is what it reads."""
+        self.parity ^= 1
+
+    def join(self) -> None:
+        """Waits for all that is under way; on a GPU only the stream does."""
+        for messages in self._pending.values():
+            for message in messages:
+                message.wait()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Forgets the messages of a recording that came to nothing."""
+        self._pending.clear()
+        self._sent.clear()
+
+    def restart(self) -> None:
+        """Begins a sample: with the same one of the buffers each time."""
+        self.join()
+        self.parity = 0
 
     def drop(self) -> None:
-        """Waits for what is under way, and forgets all that was kept."""
-        for layer in self._layers.values():
-            layer.settle()
+        """Waits for what is under way, and gives the buffers back."""
+        self.join()
         self._layers.clear()
+        self.held = object()
+
+    def _next(self, name: str, like: Parcels) -> Parcels:
+        """The buffers that are written in this step."""
+        layer = self._layers.setdefault(name, _Layer())
+        found = layer.others[1 - self.parity]
+        if found is None:
+            # inference tensors could not be written outside of inference mode
+            with torch.inference_mode(False):
+                found = [{source: _like(tensor) for source, tensor in parcel.items()} for parcel in like]
+            layer.others[1 - self.parity] = found
+            self.held = object()
+        return found
+
+    def _keep_own(self, name: str, own: Sequence[torch.Tensor]) -> None:
+        layer = self._layers[name]
+        found = layer.own[1 - self.parity]
+        if found is None:
+            with torch.inference_mode(False):
+                found = layer.own[1 - self.parity] = [_like(tensor) for tensor in own]
+            self.held = object()
+        for buffer, tensor in zip(found, own, strict=True):
+            buffer.copy_(tensor)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def contiguous(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:
