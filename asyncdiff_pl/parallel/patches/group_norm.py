@@ -47,8 +47,8 @@ def normalise(name: str, norm: nn.GroupNorm, hidden: torch.Tensor, step: PatchSt
 
 
 def moments(norm: nn.GroupNorm, hidden: torch.Tensor) -> torch.Tensor:
-    """Mean and variance [2, B, groups] of a patch, in float32."""
-    groups = hidden.float().unflatten(1, (norm.num_groups, -1)).flatten(2)
+    """Mean and variance [2, B, groups] of a patch, in float32 or better."""
+    groups = _precise(hidden).unflatten(1, (norm.num_groups, -1)).flatten(2)
     variance, mean = torch.var_mean(groups, dim=2, correction=0)
     return torch.stack([mean, variance])
 
@@ -112,13 +112,17 @@ def _raw(moment: torch.Tensor) -> torch.Tensor:
     return torch.stack([moment[0], moment[1] + moment[0].square()])
 
 
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _apply(norm: nn.GroupNorm, hidden: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     mean, variance = used[:, :, :, None]
     scale = (variance + norm.eps).rsqrt()
-    grouped = hidden.float().unflatten(1, (norm.num_groups, -1))
+    grouped = _precise(hidden).unflatten(1, (norm.num_groups, -1))
     shape = (*scale.shape, *[1] * (grouped.ndim - 3))
     result = ((grouped - mean.view(shape)) * scale.view(shape)).flatten(1, 2)
     if norm.weight is not None:
         spread = (1, -1, *[1] * (hidden.ndim - 2))
-        result = result * norm.weight.float().view(spread) + norm.bias.float().view(spread)
+        result = result * _precise(norm.weight).view(spread) + _precise(norm.bias).view(spread)
     return result.to(hidden.dtype)

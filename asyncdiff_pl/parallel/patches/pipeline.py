@@ -276,7 +276,8 @@ class PatchPipeline(TrajectoryListener):
                         stacklevel=2,
                     )
             rows = Rows(shares(latents.shape[ROWS], self.settings.layout.patches, self._unit), self._own)
-            traffics = [Traffic(self._swap) for _ in self._halves_here]
+            is_double = self.settings.mode != "no_sync"
+            traffics = [Traffic(self._swap, is_double) for _ in self._halves_here]
             stream = self._streams[trajectory.call] = _Stream(signature, rows, traffics, position)
             self.recordings.begin(stream, latents.device)
         elif stream.next_position != position:

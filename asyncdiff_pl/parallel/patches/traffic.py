@@ -79,10 +79,12 @@ class Traffic:
 
     Args:
         swap: Gets messages to the other patches.
+        is_double: Whether steps write while they read; otherwise what is kept stays as it is, and one buffer does.
     """
 
-    def __init__(self, swap: Swap) -> None:
+    def __init__(self, swap: Swap, is_double: bool = True) -> None:
         self._swap = swap
+        self._is_double = is_double
         self._layers: dict[str, _Layer] = {}
         self._pending: dict[str, list[Pending]] = {}
         self._sent: list[Parcels] = []
@@ -181,28 +183,33 @@ class Traffic:
     def _next(self, name: str, like: Parcels) -> Parcels:
         """The buffers that are written in this step."""
         layer = self._layers.setdefault(name, _Layer())
+        if layer.others[1 - self.parity] is None:
+            for place in self._places():
+                layer.others[place] = [{source: _like(tensor) for source, tensor in each.items()} for each in like]
         found = layer.others[1 - self.parity]
-        if found is None:
-            # inference tensors could not be written outside of inference mode
-            with torch.inference_mode(False):
-                found = [{source: _like(tensor) for source, tensor in parcel.items()} for parcel in like]
-            layer.others[1 - self.parity] = found
-            self.held = object()
+        assert found is not None
         return found
 
     def _keep_own(self, name: str, own: Sequence[torch.Tensor]) -> None:
         layer = self._layers[name]
+        if layer.own[1 - self.parity] is None:
+            for place in self._places():
+                layer.own[place] = [_like(tensor) for tensor in own]
         found = layer.own[1 - self.parity]
-        if found is None:
-            with torch.inference_mode(False):
-                found = layer.own[1 - self.parity] = [_like(tensor) for tensor in own]
-            self.held = object()
+        assert found is not None
         for buffer, tensor in zip(found, own, strict=True):
             buffer.copy_(tensor)
 
+    def _places(self) -> tuple[int, ...]:
+        """Which of the two buffers are wanted: both at once, since recordings know them by their place."""
+        self.held = object()
+        return (0, 1) if self._is_double else (1 - self.parity,)
+
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    # inference tensors could not be written outside of inference mode
+    with torch.inference_mode(False):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def contiguous(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:
