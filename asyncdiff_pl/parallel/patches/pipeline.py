@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import Halves, find_latents, join_halves
 from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
-from asyncdiff_pl.parallel.patches.attention import extend, self_attentions, spatial_transformers
-from asyncdiff_pl.parallel.patches.convolution import Halo, convolve
-from asyncdiff_pl.parallel.patches.group_norm import normalise
+from asyncdiff_pl.parallel.patches.layers import PatchLayers
 from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, shares
 from asyncdiff_pl.parallel.patches.settings import PatchSettings, Source
 from asyncdiff_pl.parallel.patches.step import PatchStep
@@ -129,29 +127,10 @@ class PatchPipeline(TrajectoryListener):
         self._halves = Halves(self._forward, layout.cfg)
         self._unit = 2 ** (len(denoiser.down_blocks) - 1)
         self._streams: dict[int, _Stream] = {}
-        self._step: PatchStep | None = None
-        self._columns = 0
-        self._seen_by = 0
-        self._extended: dict[str, list[torch.Tensor]] = {}
         self._last_exact: int | None = None
-        self._install()
+        self._layers = PatchLayers(denoiser)
+        install(denoiser, self._run_denoiser)
         trajectory.subscribe(self)
-
-    def _install(self) -> None:
-        for name, module in self.denoiser.named_modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
-                halo = Halo.of(module, name)
-                if not halo.is_empty:
-                    install(module, self._convolution(name, module, halo))
-            elif isinstance(module, nn.GroupNorm):
-                install(module, self._group_norm(name, module))
-        for _, transformer in spatial_transformers(self.denoiser):
-            install(transformer, self._run_transformer)
-        for name, attention in self_attentions(self.denoiser):
-            install(attention, self._run_attention)
-            for projection in ("to_k", "to_v"):
-                install(getattr(attention, projection), self._projection(f"{name}.{projection}"))
-        install(self.denoiser, self._run_denoiser)
 
     # -- handle -------------------------------------------------------------------------------------------------
 
@@ -251,12 +230,8 @@ class PatchPipeline(TrajectoryListener):
         bound = self._signature.bind(*inputs[0], **inputs[1])
         for name in IN_ROWS & bound.arguments.keys():
             bound.arguments[name] = tree_map_only(torch.Tensor, stream.rows.take, bound.arguments[name])
-        self._step = step
-        try:
+        with self._layers.running(step):
             result = call(*bound.args, **bound.kwargs)
-        finally:
-            self._step = None
-            self._extended.clear()
         leaves, stream.result = tree_flatten(result)
         return [self._gather(leaf, stream.rows, step.traffic) for leaf in leaves]
 
@@ -308,50 +283,3 @@ class PatchPipeline(TrajectoryListener):
                 "FreeU filters frequencies of the whole picture, of which a patch sees a part: call `disable_freeu()`, "
                 "or take stages or cfg."
             )
-
-    # -- layers -------------------------------------------------------------------------------------------------
-
-    def _convolution(self, name: str, module: nn.Conv2d, halo: Halo) -> Callable[..., Any]:
-        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (
-                convolve(name, module, halo, *args, **kwargs, step=self._step) if self._step else call(*args, **kwargs)
-            )
-
-        return run
-
-    def _group_norm(self, name: str, module: nn.GroupNorm) -> Callable[..., Any]:
-        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._step is None:
-                return call(*args, **kwargs)
-            return normalise(name, module, *args, **kwargs, step=self._step)
-
-        return run
-
-    def _run_transformer(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._columns = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).shape[-1]
-        return call(*args, **kwargs)
-
-    def _run_attention(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step = self._step
-        if step is None or len(step.rows.own) == 1:
-            return call(*args, **kwargs)
-        # one process plays all patches: each sees other keys and values, of which its own rows are kept
-        found = []
-        for self._seen_by in range(step.rows.patches):
-            grid = call(*args, **kwargs).unflatten(1, (-1, self._columns))
-            found.append(step.rows.split(grid, dim=1)[self._seen_by].flatten(1, 2))
-        self._seen_by = 0
-        self._extended.clear()
-        return torch.cat(found, 1)
-
-    def _projection(self, name: str) -> Callable[..., Any]:
-        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._step is None:
-                return call(*args, **kwargs)
-            if len(self._step.rows.own) == 1:
-                return extend(name, call(*args, **kwargs), self._columns, self._step)[0]
-            if name not in self._extended:
-                self._extended[name] = extend(name, call(*args, **kwargs), self._columns, self._step)
-            return self._extended[name][self._seen_by]
-
-        return run
