@@ -40,6 +40,8 @@ class PatchStrategy(GroupStrategy):
         portion: Share of each neighbour's rows, 0 to 1, that self-attention sees after warm-up, and that is sent; 1 is
             all rows of all patches. Below 1 only with modes that see old rows.
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
+        capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that
+            the CPU launches a step at once; needs an NVIDIA GPU.
         simulate: Plays all ranks in one process, to see a mode's quality on one device without its speed.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
     """
@@ -53,17 +55,19 @@ class PatchStrategy(GroupStrategy):
         warm_up: int = 4,
         portion: float = 1.0,
         cfg: int = 1,
+        capture: bool = False,
         simulate: bool = False,
         timeout: float = 600.0,
     ) -> None:
         layout = Layout(cfg=cfg, patches=patches)
-        self._settings = PatchSettings(layout, mode, warm_up, portion)
+        self._settings = PatchSettings(layout, mode, warm_up, portion, capture)
         super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout)
         self.patches = patches
         self.mode = mode
         self.warm_up = warm_up
         self.portion = portion
         self.cfg = cfg
+        self.capture = capture
         self.simulate = simulate
 
     @override
@@ -114,6 +118,7 @@ class PatchStrategy(GroupStrategy):
             warm_up=self.warm_up,
             portion=self.portion,
             cfg=self.cfg,
+            capture=self.capture,
             share_decoding=True,
             simulate=self.simulate,
             timeout=self.timeout,
@@ -136,6 +141,7 @@ class PatchStrategy(GroupStrategy):
             "warm_up": self.warm_up,
             "portion": self.portion,
             "cfg": self.cfg,
+            "capture": self.capture,
             "simulate": self.simulate,
         }
 

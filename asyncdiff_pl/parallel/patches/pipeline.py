@@ -113,7 +113,8 @@ class PatchPipeline(TrajectoryListener):
         self.exact_steps = 0
         """Steps of the sample in work, or of the last one, that were computed exactly."""
         self.bytes_per_step = 0
-        """Bytes that this process sent in the last asynchronous step after which another one followed."""
+        """Bytes that this process sent in the last step of its mode: with full_sync any, else an asynchronous one after
+        which another one followed."""
         half, patch = coordinates
         layout = settings.layout
         self._halves_here = [half] if exchange else list(range(layout.cfg))
@@ -188,7 +189,7 @@ class PatchPipeline(TrajectoryListener):
             PatchStep.of(settings, number, is_last, stream.rows, traffic) for traffic in stream.traffics[: len(inputs)]
         ]
         made = self._run_phase(stream, steps, inputs, call)
-        if not is_exact and not is_last:
+        if settings.mode == "full_sync" or not (is_exact or is_last):
             self.bytes_per_step = made.sent_bytes
         return tree_unflatten(made.estimate, stream.result)
 
