@@ -250,7 +250,13 @@ def parallelize(
     pipeline: StagePipeline | PatchPipeline | None = None
     agreement = None
     if patch_settings is not None:
-        pipeline = PatchPipeline(denoiser, trajectory, patch_settings, exchange, coordinates)
+        try:
+            pipeline = PatchPipeline(denoiser, trajectory, patch_settings, exchange, coordinates)
+        except ValueError:
+            if host_side is not None:
+                host_side.remove()
+                trajectory.remove()
+            raise
     # one rank alone is captured and compiled as well
     elif layout.pipeline_ranks > 1 or capture or compile != "none":
         settings = Settings(layout, warm_up, time_shift, cut, refresh_every, capture, compile, balance, warm_up_mode)

@@ -6,6 +6,7 @@ In double precision where variances may come near to nothing (`corrected_async_g
 import pytest
 import torch
 from denoisers import NAMES, Sampler, build, ddim
+from diffusers import DDPMScheduler
 from pipeline_scenarios import of_pipelines
 from tiny_pipelines import CASES
 from torch import nn
@@ -174,6 +175,17 @@ def patches_with_other_noise(rank):
     handle.remove()
 
 
+def patches_with_other_noise_in_the_steps(rank):
+    """The scheduler's own; modes without warm-up are compared after the first step."""
+    for mode in ("full_sync", "naive"):
+        denoiser, scheduler = build("sd21"), DDPMScheduler()
+        handle = parallelize(denoiser, patches=2, mode=mode, scheduler=scheduler)
+        torch.manual_seed(rank)
+        with pytest.raises(ValueError, match=r"drifted apart in the first 1 steps.*`generator=`"):
+            tall("sd21", 16)(denoiser, scheduler, 3)
+        handle.remove()
+
+
 def patches_that_do_not_fit_the_ranks(rank):
     with pytest.raises(ValueError, match=r"cfg 1 x patches 3 = 3 ranks does not fit 2 ranks"):
         parallelize(build("sdxl"), patches=3, scheduler=ddim())
@@ -199,6 +211,7 @@ PATCH_CHECKS = {
     2: [
         patches_are_removed_on_ranks,
         patches_with_other_noise,
+        patches_with_other_noise_in_the_steps,
         patches_that_do_not_fit_the_ranks,
         bytes_of_ranks_are_those_of_the_simulation,
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import nn
@@ -44,7 +44,8 @@ def self_attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
             for name, module in block.named_children():
                 if isinstance(module, Attention) and not module.is_cross_attention:
                     name = f"{parent}.transformer_blocks.{at}.{name}"
-                    if module.fused_projections:
+                    # the flag of the module stays when they are taken apart again
+                    if isinstance(module.processor, FusedAttnProcessor2_0):
                         raise ValueError(f"{name} has fused projections; call `unfuse_qkv_projections()` first.")
                     yield name, module
 

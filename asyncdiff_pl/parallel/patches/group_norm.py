@@ -118,10 +118,6 @@ def _raw(moment: torch.Tensor) -> torch.Tensor:
     return torch.stack([moment[0], moment[1] + moment[0].square()])
 
 
-def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _apply(norm: nn.GroupNorm, hidden: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """Normalises each channel with its group's moments, in one pass: a batch norm whose channels are all samples'."""
     batch, channels = hidden.shape[:2]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from asyncdiff_pl.parallel.hooks import install
+from asyncdiff_pl.parallel.hooks import install, uninstall
 from asyncdiff_pl.parallel.patches.attention import extend, self_attentions, spatial_transformers
 from asyncdiff_pl.parallel.patches.convolution import Halo, convolve
 from asyncdiff_pl.parallel.patches.group_norm import normalise
@@ -28,10 +28,21 @@ class PatchLayers:
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._hooked: list[nn.Module] = []
         self._step: PatchStep | None = None
         self._columns = 0
         self._seen_by = 0
         self._extended: dict[str, list[torch.Tensor]] = {}
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Takes over what has changed in the network: an adapter puts layers of its own around others.
+
+        Raises:
+            ValueError: There is a module now that cannot be run in patches.
+        """
+        denoiser = self._denoiser
         hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
         for name, module in denoiser.named_modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
@@ -46,8 +57,14 @@ class PatchLayers:
             for projection in ("to_k", "to_v"):
                 hooks.append((getattr(attention, projection), self._projection(f"{name}.{projection}")))
         # all or none: what cannot be run has been told by now
+        found = [module for module, _ in hooks]
+        if found == self._hooked:
+            return
+        for module in self._hooked:
+            uninstall(module)
         for module, run in hooks:
             install(module, run)
+        self._hooked = found
 
     @contextlib.contextmanager
     def running(self, step: PatchStep) -> Iterator[None]:

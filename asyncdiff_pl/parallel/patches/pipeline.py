@@ -166,6 +166,7 @@ class PatchPipeline(TrajectoryListener):
             stream.next_position = None
             if stream.phases is not None:
                 stream.phases.begin_sample()
+        self._layers.look_again()
         self.recordings.look_again()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
@@ -183,7 +184,8 @@ class PatchPipeline(TrajectoryListener):
         if trajectory.call == 0:
             self.exact_steps += is_exact
             self.asynchronous_steps += not is_exact
-        if is_exact and number + 1 == (1 if settings.mode == "full_sync" else settings.warm_up):
+        # modes without warm-up: the ranks are compared after the first step all the same
+        if number + 1 == (settings.warm_up if settings.mode not in ("full_sync", "naive") else 1):
             self._last_exact = position
         steps = [
             PatchStep.of(settings, number, is_last, stream.rows, traffic) for traffic in stream.traffics[: len(inputs)]
@@ -229,6 +231,11 @@ class PatchPipeline(TrajectoryListener):
     ) -> list[torch.Tensor]:
         """Runs the denoiser on the own rows, and gathers all rows of its result."""
         bound = self._signature.bind(*inputs[0], **inputs[1])
+        if (bound.arguments.get("cross_attention_kwargs") or {}).get("ip_adapter_masks") is not None:
+            raise ValueError(
+                "ip_adapter_masks lie over the whole picture, of which a patch sees a part: leave them out, or take "
+                "stages or cfg."
+            )
         for name in IN_ROWS & bound.arguments.keys():
             bound.arguments[name] = tree_map_only(torch.Tensor, stream.rows.take, bound.arguments[name])
         with self._layers.running(step):
