@@ -5,7 +5,7 @@ Source: DistriFusion (arXiv 2402.19481) and PCPP (arXiv 2412.02962).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
@@ -15,7 +15,7 @@ from asyncdiff_pl.parallel import Layout, Parallel, parallelize
 from asyncdiff_pl.parallel.guidance import find_latents
 from asyncdiff_pl.parallel.patches.pipeline import KINDS
 from asyncdiff_pl.parallel.patches.rows import ROWS, shares
-from asyncdiff_pl.parallel.patches.settings import PatchSettings
+from asyncdiff_pl.parallel.patches.settings import PatchMode, PatchSettings
 from asyncdiff_pl.strategies.base import FEW_STEPS, GroupStrategy, either
 
 
@@ -33,7 +33,7 @@ class PatchStrategy(GroupStrategy):
             the same step. The next four see rows of the step before, so that messages travel beside the computation,
             and differ in GroupNorm: corrected_async_gn takes all statistics of the step before, moved by as much as
             the own ones have changed; stale_gn the others' of the step before; sync_gn all of this step; separate_gn
-            the own alone. no_sync sees rows of the last synchronous step and sends nothing any more; naive sees
+            the own alone. no_sync sees rows of the last synchronous step, and no more are sent; naive sees
             nothing, in no step: pictures with seams, to compare with.
         warm_up: Synchronous steps at the start of each sample, 1 or more, which are exact and as fast as full_sync;
             with naive there are none.
@@ -49,9 +49,7 @@ class PatchStrategy(GroupStrategy):
     def __init__(
         self,
         patches: int = 2,
-        mode: Literal[
-            "full_sync", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "naive"
-        ] = "full_sync",
+        mode: PatchMode = "full_sync",
         warm_up: int = 4,
         portion: float = 1.0,
         cfg: int = 1,
@@ -60,7 +58,8 @@ class PatchStrategy(GroupStrategy):
         timeout: float = 600.0,
     ) -> None:
         layout = Layout(cfg=cfg, patches=patches)
-        self._settings = PatchSettings(layout, mode, warm_up, portion, capture)
+        # it validates itself
+        PatchSettings(layout, mode, warm_up, portion, capture)
         super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout)
         self.patches = patches
         self.mode = mode
@@ -114,7 +113,7 @@ class PatchStrategy(GroupStrategy):
         return parallelize(
             module.pipeline,
             patches=self.patches,
-            mode=self._settings.mode,
+            mode=self.mode,
             warm_up=self.warm_up,
             portion=self.portion,
             cfg=self.cfg,

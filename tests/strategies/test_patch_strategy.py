@@ -1,7 +1,6 @@
 """The strategy of patches without any process: settings, early checks, advice; and one process that plays all ranks."""
 
 import inspect
-import typing
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ from worlds import environment, over, predict  # noqa: F401
 
 from asyncdiff_pl.data import CocoCaptions
 from asyncdiff_pl.models import PipelinePredictor, VideoPredictor
-from asyncdiff_pl.parallel.patches.settings import MODES
 from asyncdiff_pl.strategies import PatchStrategy
 
 SIZE = 128
@@ -45,11 +43,6 @@ def tiny(small_svd):
 def test_bad_settings(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         PatchStrategy(**settings)
-
-
-def test_the_modes_of_the_command_line_are_those_that_there_are():
-    hints = typing.get_type_hints(PatchStrategy.__init__)
-    assert typing.get_args(hints["mode"]) == MODES
 
 
 @pytest.mark.parametrize(
