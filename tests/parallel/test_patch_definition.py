@@ -18,7 +18,7 @@ from asyncdiff_pl.parallel.patches.settings import MODES
 
 BOUND = 1e-5
 """Largest difference, relative to what patches deviate from the exact result: that is 3 to 6 % of the latents here."""
-STEPS, COLUMNS = 4, 8
+STEPS, COLUMNS = 3, 8
 STALE = [mode for mode in MODES if mode != "full_sync"]
 
 
@@ -61,8 +61,8 @@ def defined(name: str, shares: tuple[int, ...], mode: str, portion: float = 1.0,
         definition.close()
 
 
-# model, rows of each patch, mode, portion: every mode on every kind with uneven shares, then more patches and portions
-SHARES = {"sd15": (16, 8), "sdxl": (12, 8), "svd": (16, 8), "animatediff": (16, 8)}
+# model, rows of each patch, mode, portion: every mode on every kind, then more patches, uneven shares and portions
+SHARES = {"sd15": (16, 8), "sdxl": (8, 4), "svd": (8, 8), "animatediff": (8, 8)}
 CASES = [(name, shares, mode, 1.0) for name, shares in SHARES.items() for mode in STALE]
 CASES += [
     ("sd21", (8, 8, 8), "corrected_async_gn", 1.0),
@@ -71,6 +71,8 @@ CASES += [
     ("sdxl", (8, 4, 4), "no_sync", 0.5),
     ("sdxl", (8, 8, 4, 4), "separate_gn", 0.3),
     ("svd", (8, 8, 8), "sync_gn", 0.3),
+    ("svd", (16, 8), "corrected_async_gn", 0.5),
+    ("animatediff", (16, 8), "stale_gn", 0.5),
 ]
 CASES += [("sdxl", (12, 8), "corrected_async_gn", portion) for portion in (0, 0.3, 0.5)]
 
@@ -83,7 +85,8 @@ def test_simulation_keeps_to_the_definition(name, shares, mode, portion):
 
 def test_warm_up_counts_exact_steps():
     found, expected = simulated("sdxl", 20, 2, "stale_gn", 1.0, 2), defined("sdxl", (12, 8), "stale_gn", 1.0, 2)
-    assert deviation_error(found, expected, exact("sdxl", 20)) < BOUND
+    # the last step alone deviates, and little: its rounding is less
+    assert float((found - expected).norm() / expected.norm()) < 1e-10
 
 
 def test_the_definition_is_exact_where_it_says_so():
