@@ -10,6 +10,7 @@ import functools
 import pytest
 import torch
 from denoisers import NAMES, Sampler, build, ddim
+from diffusers import UNet2DConditionModel
 from patch_scenarios import tall
 from tiny_pipelines import CASES, KINDS, Sample
 
@@ -279,6 +280,23 @@ def test_fused_projections():
         denoiser.fuse_qkv_projections()
         with pytest.raises(ValueError, match=message):
             sampler(denoiser, scheduler, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"attention_type": "gated"}, r"fuser.attn is an attention of a kind that patches do not know"),
+        ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, r"down_blocks.0.attentions.0 is an attention of a"),
+    ],
+)
+def test_attentions_of_another_kind(config, message):
+    """They would see their own patch alone."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D",) * 2}
+    settings = {"block_out_channels": (32, 32), "layers_per_block": 1, "cross_attention_dim": 8, **blocks, **config}
+    denoiser, scheduler = UNet2DConditionModel(**settings), ddim()
+    with pytest.raises(ValueError, match=message):
+        parallelize(denoiser, patches=2, simulate=True, scheduler=scheduler)
+    assert_plain(denoiser, scheduler)
 
 
 def test_masks_of_adapters():

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
 
 from asyncdiff_pl.parallel.patches.rows import Rows, visible_rows
@@ -23,6 +25,9 @@ from asyncdiff_pl.parallel.patches.traffic import Parcels, contiguous
 
 SPATIAL = (Transformer2DModel, TransformerSpatioTemporalModel)
 """Transformers whose blocks attend over rows and columns."""
+
+OVER_TIME = (AnimateDiffTransformer3D, TemporalBasicTransformerBlock)
+"""Those in which each pixel attends to itself in other frames."""
 
 
 def spatial_transformers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -36,18 +41,23 @@ def self_attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
     """Names and modules of the attentions of tokens to tokens of the same picture.
 
     Raises:
-        ValueError: One of them has its projections fused.
+        ValueError: One of them has its projections fused, or is where none is expected.
     """
+    known = {each for module in denoiser.modules() if isinstance(module, OVER_TIME) for each in module.modules()}
     for parent, transformer in spatial_transformers(denoiser):
         # the blocks over time are in lists of their own
         for at, block in enumerate(transformer.transformer_blocks):
             for name, module in block.named_children():
+                known.add(module)
                 if isinstance(module, Attention) and not module.is_cross_attention:
                     name = f"{parent}.transformer_blocks.{at}.{name}"
                     # the flag of the module stays when they are taken apart again
                     if isinstance(module.processor, FusedAttnProcessor2_0):
                         raise ValueError(f"{name} has fused projections; call `unfuse_qkv_projections()` first.")
                     yield name, module
+    for name, module in denoiser.named_modules():
+        if isinstance(module, Attention) and module not in known:
+            raise ValueError(f"{name} is an attention of a kind that patches do not know; take stages or cfg.")
 
 
 def extend(name: str, projected: torch.Tensor, columns: int, step: PatchStep) -> list[torch.Tensor]:
