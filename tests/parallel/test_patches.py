@@ -114,6 +114,17 @@ def test_a_sample_leaves_no_trace_in_the_next(mode):
         assert torch.equal(one(denoiser, scheduler, 2), expected)
 
 
+@pytest.mark.parametrize(("name", "steps"), [("img2img", 6), ("img2img_pndm", 7), ("sd15_heun", 11)])
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_all_but_the_last_step_send(name, steps, cfg):
+    """Also where a pipeline runs a part of the timesteps, or repeats some."""
+    with installed(pipeline_of(name).pipe, patches=2, cfg=cfg, mode="stale_gn", warm_up=2) as handle:
+        pipeline_of(name)()
+        assert (handle.exact_steps, handle.asynchronous_steps) == (2, steps - 2)
+        # with portion 1 exact steps send as much as others
+        assert handle.sent_bytes == (steps - 1) * handle.bytes_per_step > 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_removal_gives_the_denoiser_back(name):
     denoiser, scheduler = build(name), ddim()
