@@ -4,11 +4,13 @@ Weights are random, since latency does not depend on them; prompts and pictures 
 nothing is downloaded, scored or written but tables. Prints a Markdown table. Example, on a machine with 4 GPUs:
 
     python scripts/benchmark.py sdxl_n2 sd15_n2 --layouts 1 2 4 2x2 --devices 4 --csv rows.csv
+    python scripts/benchmark.py sdxl_patch4 --layouts 1 p2 p4 2xp2 -- --trainer.strategy.init_args.mode full_sync
 
-A layout is STAGES, STAGESs2 for stride 2, and 2x before it for a guidance batch that is split: `1` is one GPU, `3s2` is
-3 stages with stride 2, `2x2` is 2 stages for each half of the guidance batch. Layouts of as many ranks are measured in
-the same processes, one after another. Everything behind `--` goes to the command as it is, such as
-`-- --model.num_inference_steps 10 --trainer.strategy.init_args.warm_up 1`.
+A layout is STAGES, STAGESs2 for stride 2, pPATCHES for patches, and 2x before it for a guidance batch that is split:
+`1` is one GPU, `3s2` is 3 stages with stride 2, `2x2` is 2 stages for each half of the guidance batch, `2xp2` is 2
+patches for each. Patches take mode and portion of a config with patches, else PatchStrategy's own. Layouts of as many
+ranks are measured in the same processes, one after another. Everything behind `--` goes to the command as it is, such
+as `-- --model.num_inference_steps 10 --trainer.strategy.init_args.warm_up 1`, for all layouts.
 """
 
 from __future__ import annotations
@@ -41,11 +43,20 @@ COLUMNS = {
     "asynchronous step, ms": "asynchronous_step_ms",
     "whole call, s": "seconds_a_sample",
     "peak memory of a rank, GiB": "peak_memory_gib",
-    "boundary tensors, MiB a step": "mib_per_step",
+    "exchanged, MiB a step": "mib_per_step",
 }
 """Figures of the Markdown table, and their names in the CSV file."""
 
 RANKS = Path(__file__).with_name("benchmark_ranks.py")
+
+STRATEGIES = {
+    "stages": "asyncdiff_pl.strategies.AsyncDiffStrategy",
+    "patches": "asyncdiff_pl.strategies.PatchStrategy",
+}
+"""What runs each kind of layout, by the axis that it has."""
+
+SHARED = ("warm_up", "capture", "timeout")
+"""Settings that mean the same to both: they are kept where a config is run in a layout of the other kind."""
 
 FINISHED = "finished"
 """Name of the file that stands in the log folder of a run when all its tables are there."""
@@ -115,21 +126,43 @@ def main() -> None:
 
 
 def parse_layout(name: str) -> Layout:
-    """The layout that `1`, `4`, `3s2` or `2x2` means."""
-    found = re.fullmatch(r"(?:(\d)x)?(\d)(?:s(\d))?", name)
+    """The layout that `1`, `4`, `3s2`, `2x2`, `p4` or `2xp2` means."""
+    found = re.fullmatch(r"(?:(\d)x)?(?:(\d)(?:s(\d))?|p(\d+))", name)
     if found is None:
-        raise ValueError(f"There is no layout {name}; take 1, 2, 3s2 (stride 2) or 2x2 (guidance batch split), say.")
-    return Layout(stages=int(found[2]), stride=int(found[3] or 1), cfg=int(found[1] or 1))
+        raise ValueError(
+            f"There is no layout {name}; take 1, 2, 3s2 (stride 2), p2 (patches), 2x2 or 2xp2 (guidance batch split), "
+            "say."
+        )
+    cfg, stages, stride, patches = (int(number or 1) for number in found.groups())
+    return Layout(stages, stride, cfg, patches=patches)
+
+
+def strategy_of(own: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The strategy that runs a layout, with a config's own settings as far as they go with it.
+
+    Args:
+        own: The config's strategy.
+        layout: The layout.
+    """
+    has_patches = own["class_path"] == STRATEGIES["patches"]
+    # one rank a half is the same in both
+    axis = "patches" if layout.patches > 1 or (has_patches and layout.ranks_per_half == 1) else "stages"
+    settings = own["init_args"]
+    if own["class_path"] != STRATEGIES[axis]:
+        settings = {name: settings[name] for name in SHARED if name in settings}
+    axes = {"patches": layout.patches} if axis == "patches" else {"stages": layout.stages, "stride": layout.stride}
+    return {"class_path": STRATEGIES[axis], "init_args": settings | axes | {"cfg": layout.cfg}}
 
 
 def make_job(config: str, name: str, options: argparse.Namespace, overrides: list[str], logs: Path) -> Job:
     settings = yaml.safe_load(Path(find_config(config)).read_text(encoding="utf-8"))
-    strategy = settings["trainer"]["strategy"]["init_args"]
+    strategy = settings["trainer"]["strategy"]
     if name:
         layout = parse_layout(name)
-        strategy |= {"stages": layout.stages, "stride": layout.stride, "cfg": layout.cfg}
+        settings["trainer"]["strategy"] = strategy_of(strategy, layout)
     else:
-        layout = Layout(strategy.get("stages", 1), strategy.get("stride", 1), strategy.get("cfg", 1))
+        axes = ("stages", "stride", "cfg", "patches")
+        layout = Layout(**{axis: strategy["init_args"].get(axis, 1) for axis in axes})
     groups = options.devices // layout.pipeline_ranks if options.devices else 1
     if not groups:
         raise ValueError(f"{config} in the layout {name} needs {layout.pipeline_ranks} GPUs; give them as --devices.")
@@ -212,23 +245,40 @@ def _rows(job: Job) -> list[dict[str, str]]:
     rows = []
     for result in _read(job.folder / "results.csv"):
         own = [float(row["mean_ms"]) for row in times if row["steps"] == result["steps"]]
-        # by need, the warm-up of each sample may have another length
-        counted = result["warm_up"].isdecimal()
-        warm_up = len(own) if job.layout.stages == 1 else int(result["warm_up"]) if counted else 0
+        exact = _exact_steps(job.layout, result, len(own))
         row = {
             "config": job.config,
             "layout": job.name or "own",
             "gpus": job.layout.pipeline_ranks,
             "steps": result["steps"],
             "step_ms": result["avg_step_latency_ms"],
-            "exact_step_ms": _mean(own[:warm_up]),
-            "asynchronous_step_ms": _mean(own[warm_up:] if warm_up else []),
+            "exact_step_ms": _mean(own[:exact] if exact is not None else []),
+            "asynchronous_step_ms": _mean(own[exact:] if exact is not None else []),
             "seconds_a_sample": result["avg_time"],
         }
         kept = ("peak_memory_gib", "mib_per_step", "timed_samples", "data_groups", "stages", "stride", "cfg", "warm_up")
         about = ("cut", "model", "device", "dtype", "torch", "diffusers")
-        rows.append({name: str(value) for name, value in row.items()} | {name: result[name] for name in kept + about})
+        # which of them there are, is the strategy's
+        more = {name: result.get(name, "") for name in ("patches", "mode", "portion")}
+        own_columns = {name: result[name] for name in kept + about}
+        rows.append({name: str(value) for name, value in row.items()} | own_columns | more)
     return rows
+
+
+def _exact_steps(layout: Layout, result: dict[str, str], steps: int) -> int | None:
+    """How many of the steps were computed exactly; None where that differs from sample to sample.
+
+    Args:
+        layout: The layout.
+        result: A row of results.csv.
+        steps: Steps of a sample.
+    """
+    if layout.ranks_per_half == 1 or result.get("mode") == "full_sync":
+        return steps
+    if result.get("mode") == "naive":
+        return 0
+    # by need, the warm-up of each sample may have another length
+    return int(result["warm_up"]) if result["warm_up"].isdecimal() else None
 
 
 def _tell(job: Job, outcome: list[dict[str, str]] | str, table: Path | None) -> None:
@@ -239,12 +289,13 @@ def _tell(job: Job, outcome: list[dict[str, str]] | str, table: Path | None) -> 
         figures = " | ".join(f"{float(row[name]):.4g}" if row[name] else "" for name in COLUMNS.values())
         print(f"| {row['config']} | {row['layout']} | {row['gpus']} | {row['steps']} | {figures} |", flush=True)
         if table is not None:
-            is_new = not table.exists()
-            with table.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            rows = [*_read(table), row] if table.exists() else [row]
+            # a table of an earlier version may have fewer columns
+            columns = dict.fromkeys(name for each in rows for name in each)
+            with table.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(columns))
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 def _read(path: Path) -> Iterator[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Measures what asynchrony costs in quality: tiny-svd and tiny-sd in every layout, simulated in one process.
+"""Measures what asynchrony costs in quality: tiny-svd and tiny-sd in stages and patches, simulated in one process.
 
     python scripts/measure_quality.py measure quality --shard 0/4   # one on each GPU, all in one folder
     python scripts/measure_quality.py merge quality                  # needs no GPU
@@ -19,7 +19,19 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDiffusionPipeline
 from jsonargparse import auto_cli
-from quality_rows import ONE_RANK, WARM_UPS, Conditions, Row, Setting, complete, read_rows, settings_of, write_rows
+from quality_rows import (
+    ONE_RANK,
+    PATCH_WARM_UPS,
+    WARM_UPS,
+    Conditions,
+    Row,
+    Setting,
+    complete,
+    patch_settings,
+    read_rows,
+    settings_of,
+    write_rows,
+)
 from scene_samples import PerSceneMotion, Scorer, generate_pictures, generate_videos, held_out, load
 from torch import Tensor
 
@@ -36,7 +48,9 @@ def measure(
     svd: str | None = "tiny-svd",
     sd: str | None = "tiny-sd",
     clip: str = "tiny-clip",
+    methods: list[Literal["stages", "patches"]] | None = None,
     warm_ups: tuple[int, ...] = WARM_UPS,
+    patch_warm_ups: tuple[int, ...] = PATCH_WARM_UPS,
     samples: int = 64,
     steps: int = 25,
     batch_size: int = 16,
@@ -53,7 +67,9 @@ def measure(
         svd: Video pipeline: an embedded one or a folder; null leaves it out.
         sd: Picture pipeline: an embedded one or a folder; null leaves it out.
         clip: Model that scores: an embedded one or a folder.
-        warm_ups: Exact steps at the beginning; each layout is measured with each of them.
+        methods: What is measured: `[stages]`, `[patches]`, or both, which is the default.
+        warm_ups: Exact steps at the beginning; each layout in stages is measured with each of them.
+        patch_warm_ups: Those of patches, for each mode that has steps after them.
         samples: Held-out scenes.
         steps: Denoising steps.
         batch_size: Videos of one call; 31 of 128x128 pixels is the most that attention over time takes on a GPU.
@@ -69,7 +85,10 @@ def measure(
     conditions = Conditions(steps, seed, dtype)
     scorer = Scorer(clip, device)
     names = {kind: name for kind, name in (("svd", svd), ("sd", sd)) if name is not None}
-    jobs = [(kind, setting) for kind in names for setting in settings_of(warm_ups)][index::number]
+    methods = methods or ["stages", "patches"]
+    wanted = settings_of(warm_ups) if "stages" in methods else [ONE_RANK]
+    wanted += patch_settings(patch_warm_ups) if "patches" in methods else []
+    jobs = [(kind, setting) for kind in names for setting in wanted][index::number]
     for kind, name in names.items():
         done = complete([row for part in read_rows(folder, conditions) for row in part], samples)
         todo = [setting for its_kind, setting in jobs if its_kind == kind and (name, setting) not in done]
@@ -86,6 +105,9 @@ def measure(
             generate, captions = prepare_pictures(pipe, samples, steps, picture_batch_size, device, seed)
         reference = generate()
         for setting in todo:
+            if setting.patches > most_patches(pipe):
+                print(f"{name}, {setting}: left out, its latents have too few rows", flush=True)
+                continue
             started = time.perf_counter()
             clips = reference if setting == ONE_RANK else run(pipe, setting, generate)
             ratios = psnr(clips, reference).tolist()
@@ -130,6 +152,11 @@ def prepare_pictures(
     return lambda: generate_pictures(pipe, "prompt", prompts, GUIDANCE, steps, batch_size, seed)[:, None], words
 
 
+def most_patches(pipe: DiffusionPipeline) -> int:
+    """How many patches there is room for in the rows of the size that a pipeline was made for."""
+    return pipe.unet.config.sample_size // 2 ** (len(pipe.unet.down_blocks) - 1)
+
+
 def run(pipe: DiffusionPipeline, setting: Setting, generate: Callable[[], Tensor]) -> Tensor:
     """Makes all samples as the ranks of a layout would, all played in this process."""
     handle = parallelize(
@@ -137,7 +164,10 @@ def run(pipe: DiffusionPipeline, setting: Setting, generate: Callable[[], Tensor
         stages=setting.stages,
         stride=setting.stride,
         cfg=setting.cfg,
-        warm_up=setting.warm_up,
+        warm_up=max(1, setting.warm_up),
+        patches=setting.patches,
+        mode=setting.mode or "full_sync",
+        portion=setting.portion,
         simulate=True,
     )
     try:

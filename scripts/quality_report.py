@@ -4,96 +4,20 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from quality_rows import LAYOUTS, ONE_RANK, Row, Setting, describe, ranks, read_rows, write_rows
-from torch import Tensor
+from quality_figures import Comparison, Quality, gather, order, outcome, paired, pm
+from quality_patches import patches_markdown
+from quality_rows import ONE_RANK, Setting, describe, ranks, read_rows, write_rows
 
-from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
+from asyncdiff_pl.metrics.paired import mean_with_error
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {2: "#0072B2", 3: "#E69F00", 4: "#D55E00"}
 CFG_COLOUR = "#000000"
-
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Quality:
-    """All samples of one model, by setting.
-
-    Args:
-        model: Pipeline.
-        psnr_db: For each setting [samples].
-        score: For each setting [samples].
-    """
-
-    model: str
-    psnr_db: dict[Setting, Tensor]
-    score: dict[Setting, Tensor]
-
-    @property
-    def settings(self) -> list[Setting]:
-        """Settings that were measured, other than one rank, in order."""
-        return sorted(self.psnr_db.keys() - {ONE_RANK}, key=_order)
-
-    @property
-    def layouts(self) -> list[tuple[int, int, int]]:
-        """Layouts that were measured, in order."""
-        return list(dict.fromkeys(setting.layout for setting in self.settings))
-
-    @property
-    def warm_ups(self) -> list[int]:
-        """Warm-ups that were measured, in order."""
-        return sorted({setting.warm_up for setting in self.settings})
-
-    def score_difference(self, setting: Setting) -> Mean | None:
-        """Score less that of one rank, over the same samples; None if one rank was not measured."""
-        return paired_difference(self.score[setting], self.score[ONE_RANK]) if ONE_RANK in self.score else None
-
-
-def _order(setting: Setting) -> tuple[int, int]:
-    """One rank first, then by layout and warm-up."""
-    return (-1 if setting == ONE_RANK else LAYOUTS.index(setting.layout)), setting.warm_up
-
-
-class Comparison(NamedTuple):
-    """Two settings on the same samples: the first should have the higher PSNR."""
-
-    model: str
-    kind: str
-    better: Setting
-    worse: Setting
-    difference: Mean
-
-    @property
-    def holds(self) -> bool:
-        """Whether it has, by more than 2 paired standard errors."""
-        return self.difference.in_standard_errors > 2
-
-
-def gather(rows: Iterable[Row]) -> list[Quality]:
-    """Rows by model and setting; where samples differ in number, the settings with fewer are left out."""
-    values: dict[str, dict[Setting, dict[int, Row]]] = {}
-    for row in rows:
-        values.setdefault(row.model, {}).setdefault(row.setting, {})[row.sample] = row
-    found = []
-    for model, settings in values.items():
-        samples = max(len(by_sample) for by_sample in settings.values())
-        whole = {setting: by for setting, by in settings.items() if len(by) == samples}
-        columns = {}
-        for name in ("psnr_db", "score"):
-            columns[name] = {
-                setting: torch.tensor([getattr(by[index], name) for index in sorted(by)], dtype=torch.float64)
-                for setting, by in whole.items()
-            }
-        found.append(Quality(model, columns["psnr_db"], columns["score"]))
-    return found
 
 
 def compare(quality: Quality) -> list[Comparison]:
@@ -109,19 +33,14 @@ def compare(quality: Quality) -> list[Comparison]:
         for few, many in ((2, 3), (3, 4))
         for warm_up in quality.warm_ups
     ]
-    there = quality.psnr_db
-    return [
-        Comparison(quality.model, kind, better, worse, paired_difference(there[better], there[worse]))
-        for kind, better, worse in pairs
-        if better in there and worse in there
-    ]
+    return paired(quality, pairs)
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path) -> str:
-    """Writes samples.csv, summary.csv, quality.md and quality.png into the folder of the rows.
+    """Writes samples.csv, summary.csv, quality.md and, of stages, quality.png into the folder of the rows.
 
     Returns:
         The text of quality.md.
@@ -132,13 +51,15 @@ def write_report(folder: Path) -> str:
     rows = {(row.model, row.setting, row.sample): row for part in read_rows(folder) for row in part}
     if not rows:
         raise ValueError(f"{folder} holds no samples_*of*.csv with rows; run `measure` into it first.")
-    ordered = sorted(rows.values(), key=lambda row: (row.model, _order(row.setting), row.sample))
+    ordered = sorted(rows.values(), key=lambda row: (row.model, order(row.setting), row.sample))
     write_rows(folder / "samples.csv", ordered)
     qualities = gather(ordered)
     write_summary(folder / "summary.csv", qualities)
     text = "\n".join(markdown(quality) for quality in qualities)
     (folder / "quality.md").write_text(text, encoding="utf-8")
-    plot(qualities, folder / "quality.png")
+    in_stages = [quality for quality in qualities if quality.layouts]
+    if in_stages:
+        plot(in_stages, folder / "quality.png")
     return text
 
 
@@ -147,7 +68,7 @@ def write_summary(path: Path, qualities: Sequence[Quality]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         means = [f"{name}{error}" for name in ("psnr_db", "score", "score_difference") for error in ("", "_error")]
-        writer.writerow(["model", "stages", "stride", "cfg", "warm_up", "ranks", "samples", *means])
+        writer.writerow(["model", *Setting._fields, "ranks", "samples", *means])
         for quality in qualities:
             for setting in ([ONE_RANK] if ONE_RANK in quality.score else []) + quality.settings:
                 psnr_db = mean_with_error(quality.psnr_db[setting]) if setting != ONE_RANK else ("", "")
@@ -155,45 +76,35 @@ def write_summary(path: Path, qualities: Sequence[Quality]) -> None:
                 figures = [*psnr_db, *score, *(difference or ("", ""))]
                 numbers = [f"{figure:.4f}" if figure != "" else "" for figure in figures]
                 samples = len(quality.score[setting])
-                writer.writerow([quality.model, *setting, ranks(setting.layout), samples, *numbers])
+                writer.writerow([quality.model, *setting, setting.ranks, samples, *numbers])
 
 
 def markdown(quality: Quality) -> str:
-    """Tables of PSNR and score for one model, and whether warm-up and stages work as they should."""
+    """Tables of PSNR and score for one model, and whether warm-up, stages and patches work as they should."""
+    lines = [f"### {quality.model}", ""]
+    if quality.layouts:
+        lines += _stages(quality)
+    lines += patches_markdown(quality)
+    return "\n".join([*lines, ""])
+
+
+def _stages(quality: Quality) -> list[str]:
     head = "| layout | ranks | " + " | ".join(f"warm-up {warm_up}" for warm_up in quality.warm_ups) + " |"
     rule = "|---" * (2 + len(quality.warm_ups)) + "|"
-    lines = [f"### {quality.model}", "", "PSNR against the one-rank result, in dB:", "", head, rule]
+    lines = ["PSNR against the one-rank result, in dB:", "", head, rule]
     scores = [head, rule]
     for layout in quality.layouts:
-        cells, differences = [], []
-        for setting in (Setting(*layout, warm_up) for warm_up in quality.warm_ups):
-            known = setting in quality.psnr_db
-            psnr_db = mean_with_error(quality.psnr_db[setting]) if known else None
-            difference = quality.score_difference(setting) if known else None
-            cells.append(f"{psnr_db.value:.2f} ± {psnr_db.standard_error:.2f}" if psnr_db else "")
-            differences.append(f"{difference.value:+.2f} ± {difference.standard_error:.2f}" if difference else "")
+        settings = [Setting(*layout, warm_up) for warm_up in quality.warm_ups]
         begin = f"| {describe(layout)} | {ranks(layout)} | "
-        lines.append(begin + " | ".join(cells) + " |")
-        scores.append(begin + " | ".join(differences) + " |")
+        lines.append(begin + " | ".join(pm(quality.mean_psnr(setting)) for setting in settings) + " |")
+        scores.append(begin + " | ".join(pm(quality.score_difference(setting), "+") for setting in settings) + " |")
     if ONE_RANK in quality.score:
-        one = mean_with_error(quality.score[ONE_RANK])
-        known = f"that of one rank, {one.value:.2f} ± {one.standard_error:.2f}"
-        lines += ["", f"CLIP score (tiny-clip) less {known}, paired by sample:", "", *scores]
+        lines += ["", quality.score_title, "", *scores]
     lines.append("")
     comparisons = compare(quality)
     for kind, what in (("warm_up", "PSNR rises with warm-up"), ("stages", "PSNR falls with stages")):
-        own = [comparison for comparison in comparisons if comparison.kind == kind]
-        if not own:
-            continue
-        holding = sum(comparison.holds for comparison in own)
-        lines.append(f"- {what}, by more than 2 paired standard errors: in {holding} of {len(own)} comparisons.")
-        lines += [
-            f"  - not so: {x.better} less {x.worse}: {x.difference.value:+.3f} ± {x.difference.standard_error:.3f} dB"
-            for x in own
-            if not x.holds
-        ]
-    lines += [*_split_guidance(quality), ""]
-    return "\n".join(lines)
+        lines += outcome(what, [comparison for comparison in comparisons if comparison.kind == kind])
+    return [*lines, *_split_guidance(quality), ""]
 
 
 def _split_guidance(quality: Quality) -> list[str]:
@@ -215,10 +126,10 @@ def _split_guidance(quality: Quality) -> list[str]:
 
 
 def plot(qualities: Sequence[Quality], path: Path) -> None:
-    """PSNR and score over warm-up, a line for each layout and a column for each model.
+    """PSNR and score over warm-up, a line for each layout in stages and a column for each model.
 
     Args:
-        qualities: One or more models.
+        qualities: One or more models, measured in stages.
         path: PNG to write.
     """
     figure, grid = plt.subplots(
@@ -228,7 +139,7 @@ def plot(qualities: Sequence[Quality], path: Path) -> None:
     for column, quality in enumerate(qualities):
         above, below = grid[:, column]
         for at, layout in enumerate(layouts):
-            settings = [setting for setting in quality.settings if setting.layout == layout]
+            settings = [setting for setting in quality.stage_settings if setting.layout == layout]
             shift = (at - (len(layouts) - 1) / 2) * 0.07
             for axes, means in (
                 (above, [mean_with_error(quality.psnr_db[setting]) for setting in settings]),

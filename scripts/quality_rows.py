@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ WARM_UPS = (1, 3, 5, 9)
 """Warm-ups that are measured where none are named."""
 COLUMNS = (
     *("model", "steps", "seed", "dtype"),
-    *("stages", "stride", "cfg", "warm_up"),
+    *("stages", "stride", "cfg", "warm_up", "patches", "mode", "portion"),
     *("sample", "psnr_db", "score"),
 )
 
@@ -29,25 +30,70 @@ class Conditions(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A layout and its warm-up."""
+    """A layout and its warm-up.
+
+    Args:
+        stages: Stages of the denoiser.
+        stride: Steps of one round.
+        cfg: Parts of the guidance batch.
+        warm_up: Exact steps at the beginning; 0 where the mode has no others, or none at all.
+        patches: Patches of the rows, in place of stages.
+        mode: What patches see of one another; empty for stages.
+        portion: Share of the neighbours' rows that self-attention sees.
+    """
 
     stages: int
     stride: int
     cfg: int
     warm_up: int
+    patches: int = 1
+    mode: str = ""
+    portion: float = 1.0
 
     @property
     def layout(self) -> tuple[int, int, int]:
         """Stages, stride and cfg."""
         return self[:3]
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks it takes."""
+        return self.cfg * self.patches if self.patches > 1 else ranks(self.layout)
+
     def __str__(self) -> str:
-        return f"{describe(self.layout)}, warm-up {self.warm_up}"
+        warm_up = f", warm-up {self.warm_up}" if self.warm_up else ""
+        if self.patches == 1:
+            return f"{describe(self.layout)}{warm_up}"
+        portion = f", portion {self.portion:g}" if self.portion < 1 else ""
+        return f"{self.patches} patches, {self.mode}{portion}{warm_up}"
 
 
 LAYOUTS = [*itertools.product((2, 3, 4), (1, 2), (1,)), (2, 1, 2)]
 """Stages, stride and cfg of each layout."""
 ONE_RANK = Setting(1, 1, 1, 0)
+
+
+PATCHES = (2, 4)
+"""Numbers of patches that are measured."""
+PATCH_WARM_UPS = (1, 4)
+"""Their warm-ups where none are named: the fewest steps, and PatchStrategy's own."""
+PORTIONS = (0.5, 0.3, 0.1, 0.0)
+"""Portions that are measured, in corrected_async_gn; 1 is the mode itself."""
+SEND_ROWS = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn")
+"""Modes whose rows are those of the step before."""
+
+
+def patch_settings(warm_ups: Iterable[int] = PATCH_WARM_UPS, numbers: Iterable[int] = PATCHES) -> list[Setting]:
+    """Each number of patches in each mode, and corrected_async_gn with each portion, with each warm-up."""
+    found = []
+    for patches in numbers:
+        of = partial(Setting, 1, 1, 1, patches=patches)
+        # one is exact in all steps, the other in none
+        found += [of(warm_up=0, mode=mode) for mode in ("full_sync", "naive")]
+        for warm_up in sorted(set(warm_ups)):
+            found += [of(warm_up=warm_up, mode=mode) for mode in (*SEND_ROWS, "no_sync")]
+            found += [of(warm_up=warm_up, mode=SEND_ROWS[0], portion=portion) for portion in PORTIONS]
+    return found
 
 
 def settings_of(warm_ups: Iterable[int] = WARM_UPS) -> list[Setting]:
@@ -111,6 +157,8 @@ def write_rows(path: Path, rows: Iterable[Row], append: bool = False) -> None:
 def read_rows(folder: Path, conditions: Conditions | None = None, pattern: str = "samples_*of*.csv") -> list[list[Row]]:
     """Reads the rows of a folder, file by file; a line that was cut off is left out.
 
+    Files from before there were patches have no columns of theirs.
+
     Args:
         folder: Where the files are.
         conditions: What the rows must have been made under; None takes that of the first row.
@@ -122,18 +170,8 @@ def read_rows(folder: Path, conditions: Conditions | None = None, pattern: str =
     files = []
     for path in sorted(folder.glob(pattern)):
         whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        lines = [line for line in csv.reader(whole) if len(line) == len(COLUMNS) and line[0] != COLUMNS[0]]
-        rows = [
-            Row(
-                line[0],
-                Conditions(int(line[1]), int(line[2]), line[3]),
-                Setting(*map(int, line[4:8])),
-                int(line[8]),
-                float(line[9]),
-                float(line[10]),
-            )
-            for line in lines
-        ]
+        header, *lines = csv.reader(whole) if whole else [[]]
+        rows = [_row(dict(zip(header, line, strict=True))) for line in lines if len(line) == len(header)]
         for row in rows:
             conditions = conditions or row.conditions
             if row.conditions != conditions:
@@ -142,6 +180,20 @@ def read_rows(folder: Path, conditions: Conditions | None = None, pattern: str =
                 )
         files.append(rows)
     return files
+
+
+def _row(cells: dict[str, str]) -> Row:
+    """A row of a file, by its columns."""
+    axes = (int(cells[name]) for name in ("stages", "stride", "cfg", "warm_up"))
+    patches = int(cells.get("patches", 1)), cells.get("mode", ""), float(cells.get("portion", 1.0))
+    return Row(
+        cells["model"],
+        Conditions(int(cells["steps"]), int(cells["seed"]), cells["dtype"]),
+        Setting(*axes, *patches),
+        int(cells["sample"]),
+        float(cells["psnr_db"]),
+        float(cells["score"]),
+    )
 
 
 def complete(rows: Iterable[Row], samples: int) -> set[tuple[str, Setting]]:

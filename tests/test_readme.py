@@ -13,6 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from asyncdiff_pl import parallelize
 from asyncdiff_pl.data import Sample
 from asyncdiff_pl.models.clip import load_clip
+from asyncdiff_pl.parallel.patches.rows import shares
+from asyncdiff_pl.parallel.patches.settings import MODES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,6 +80,26 @@ def test_every_config_of_the_readme_exists():
     named = set(re.findall(r"configs/(\w+)\.yaml", README)) | set(re.findall(r"^\| `(svd_\w+)`", README, re.MULTILINE))
     assert {"demo", "svd_n3", "svd_cfg2_n2"} <= named
     assert [name for name in named if not (ROOT / "configs" / f"{name}.yaml").exists()] == []
+
+
+def test_the_page_on_patches_has_every_mode_and_its_figures_are_right():
+    page = (ROOT / "docs/patches.md").read_text(encoding="utf-8")
+    table = page.split("## Modes")[1].split("## How")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == MODES
+    shared = {"SDXL, 1024 pixels high": 4, "SD 1.5, AnimateDiff, 512": 8, "SVD, 576": 8}
+    for row in page.split("## How")[1].split("## Which")[0].splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if cells[0] not in shared:
+            continue
+        unit, rows = shared.pop(cells[0]), int(cells[1])
+        for patches, text in zip((2, 3, 4), cells[2:5], strict=True):
+            told = (
+                [int(part) for part in text.split(" + ")] if "×" not in text else [int(text.split(" × ")[1])] * patches
+            )
+            assert tuple(told) == shares(rows, patches, unit)
+        assert int(cells[5]) == rows // unit
+    assert shared == {}
+    assert all((ROOT / "configs" / f"{name}.yaml").exists() for name in re.findall(r"--config (\w+)", page))
 
 
 def test_the_picture_of_the_house_names_every_file():

@@ -11,7 +11,7 @@ MIB = 2**20
 
 
 class Traffic(Callback):
-    """Reports what every rank sends in one asynchronous step, in MiB.
+    """Reports what every rank sends in one asynchronous step, or in any step of an exact mode, in MiB.
 
     The strategy counts: its `traffic()` gives the `sent_bytes` and the asynchronous `steps` so far; a strategy without
     it exchanges nothing. TensorBoard has `traffic_mib_per_step/rank<r>` and, for the ranks of one pipeline together,

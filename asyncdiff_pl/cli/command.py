@@ -22,6 +22,7 @@ from asyncdiff_pl.data.scene_clips import SceneClips
 from asyncdiff_pl.models.training import VideoDenoiserTraining
 from asyncdiff_pl.models.training.optimizer import check_steps
 from asyncdiff_pl.report.dry_run import describe_run
+from asyncdiff_pl.strategies.base import picture_size
 
 CALLBACKS = {
     "clip_score": callbacks.CLIPScore,
@@ -44,7 +45,11 @@ SETTINGS = {
 }
 """Classes whose settings `predict --help` explains, by where they stand in a config."""
 
-OTHERS = {"model": [models.PipelinePredictor], "data": [data.PromptFile, data.ClassLabels]}
+OTHERS = {
+    "model": [models.PipelinePredictor],
+    "data": [data.PromptFile, data.ClassLabels],
+    "trainer.strategy": [strategies.PatchStrategy],
+}
 """Classes that may stand there in their place: `predict --help` explains what settings they have beyond the first's."""
 
 TRAINING_CALLBACKS = {
@@ -192,7 +197,7 @@ class Command(LightningCLI):
             if self.subcommand == "fit":
                 name = type(self.trainer.strategy).__name__
                 raise ValueError(f"trainer.strategy is {name}, which only predicts; take auto or ddp to train.")
-            self.trainer.strategy.check_module(self.model)
+            self.trainer.strategy.check_module(self.model, picture_size(self.datamodule))
         # Lightning's answer to SIGTERM is a message to all ranks out of the signal's handler, and then to go on; ours
         # is to end: at once in `predict` (processes.py), in `fit` with the state saved (callbacks/training_state.py)
         self.trainer._signal_connector.register_signal_handlers = lambda: None

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from pycocotools.coco import COCO
@@ -33,12 +33,14 @@ class CocoEntry:
         path: Its file; None where captions are served alone.
         captions: All its captions.
         prompt: The caption that the model is told; None takes the first.
+        seed: Seed of its noise; None takes the run's seed and the id.
     """
 
     id: str
     path: Path | None
     captions: tuple[str, ...]
     prompt: str | None = None
+    seed: int | None = None
 
 
 class CocoDataset(Dataset[Sample]):
@@ -63,7 +65,7 @@ class CocoDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         entry = self.entries[index]
         image = None if entry.path is None else read_picture(entry.path, self.width, self.height, self.fit)
-        return Sample(entry.id, entry.captions, image, prompt=entry.prompt)
+        return Sample(entry.id, entry.captions, image, prompt=entry.prompt, seed=entry.seed)
 
 
 class CocoCaptions(SampleDataModule):
@@ -85,8 +87,11 @@ class CocoCaptions(SampleDataModule):
         batch_size: Number of images that the pipeline gets in one call.
         num_workers: Number of processes that read images ahead; 0 reads them in the main process.
         skip_uncaptioned: Leaves out images without a caption; otherwise they are an error.
-        caption_index: Which of an image's captions is the prompt, from 0; null takes the first. What is generated is
-            scored against all captions of the image.
+        caption_index: Which of an image's captions is the prompt, from 0; null takes the first; `in_turn` takes caption
+            i mod n of image number i, which has n captions, counted from 0. What is generated is scored against all
+            captions of the image.
+        number_as_seed: Whether image number i of the run, from 0, has noise of the seed i, as in the tables of
+            DistriFusion and PCPP, whatever the model's seed is.
     """
 
     def __init__(
@@ -100,7 +105,8 @@ class CocoCaptions(SampleDataModule):
         batch_size: int = 1,
         num_workers: int = 0,
         skip_uncaptioned: bool = False,
-        caption_index: int | None = None,
+        caption_index: int | Literal["in_turn"] | None = None,
+        number_as_seed: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers)
         self.images_dir = None if images_dir is None else _folder(images_dir)
@@ -112,6 +118,7 @@ class CocoCaptions(SampleDataModule):
         self.fit = fit
         self.skip_uncaptioned = skip_uncaptioned
         self.caption_index = caption_index
+        self.number_as_seed = number_as_seed
         self._entries: list[CocoEntry] | None = None
 
     @override
@@ -144,8 +151,10 @@ class CocoCaptions(SampleDataModule):
         check_fit(self.fit, self.height, self.width)
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"max_images is {self.max_images}; give a number from 1 up, or null for all images.")
-        if self.caption_index is not None and self.caption_index < 0:
-            raise ValueError(f"caption_index is {self.caption_index}; give a number from 0 up, or null for the first.")
+        if isinstance(self.caption_index, int) and self.caption_index < 0:
+            raise ValueError(
+                f"caption_index is {self.caption_index}; give a number from 0 up, in_turn, or null for the first."
+            )
         if self.images_dir is not None and not self.images_dir.is_dir():
             raise ValueError(f"images_dir {self.images_dir} is not a folder; give the folder that holds the images.")
         self._entries = self._choose(read_captions(self.annotations))
@@ -193,6 +202,8 @@ class CocoCaptions(SampleDataModule):
             )
         if num_left_out:
             rank_zero_info(f"leaving out {num_left_out} images without a caption in {self.annotations}")
+        if self.number_as_seed:
+            entries = [dataclasses.replace(entry, seed=number) for number, entry in enumerate(entries)]
         return self._with_prompts(entries)
 
     def _with_prompts(self, entries: list[CocoEntry]) -> list[CocoEntry]:
@@ -200,6 +211,9 @@ class CocoCaptions(SampleDataModule):
         index = self.caption_index
         if index is None:
             return entries
+        if index == "in_turn":
+            own = (entry.captions[number % len(entry.captions)] for number, entry in enumerate(entries))
+            return [dataclasses.replace(entry, prompt=prompt) for entry, prompt in zip(entries, own, strict=True)]
         short = [entry for entry in entries if len(entry.captions) <= index]
         if short:
             least = min(len(entry.captions) for entry in short)

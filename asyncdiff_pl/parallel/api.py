@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -12,13 +13,16 @@ from torch import nn
 
 from asyncdiff_pl.parallel.agreement import Agreement
 from asyncdiff_pl.parallel.exchange import Exchange
+from asyncdiff_pl.parallel.hooks import is_installed
 from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.layout import Groups, Layout
+from asyncdiff_pl.parallel.patches.pipeline import PatchPipeline
+from asyncdiff_pl.parallel.patches.settings import PatchMode, PatchSettings
 from asyncdiff_pl.parallel.sharing import SharedDecoding, can_share
 from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_hash
-from asyncdiff_pl.parallel.stages.hooks import is_installed
 from asyncdiff_pl.parallel.stages.pipeline import StagePipeline
+from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.settings import BalanceMode, CompileMode, Settings, WarmUpMode
 from asyncdiff_pl.parallel.trajectory import Trajectory
 from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
@@ -28,7 +32,7 @@ class Parallel:
     """What `parallelize` installed on a denoiser.
 
     Args:
-        pipeline: The installed stages; None where one rank computes everything.
+        pipeline: The installed stages or patches; None where one rank computes everything.
         agreement: What keeps the ranks equal; None in one process.
         trajectory: Where the pipeline stands.
         host_side: What keeps the CPU ahead of the GPU; None where the trajectory's owner did that.
@@ -38,7 +42,7 @@ class Parallel:
 
     def __init__(
         self,
-        pipeline: StagePipeline | None,
+        pipeline: StagePipeline | PatchPipeline | None,
         agreement: Agreement | None,
         trajectory: Trajectory,
         host_side: HostSide | None,
@@ -56,7 +60,7 @@ class Parallel:
     @property
     def cut(self) -> list[list[str]] | None:
         """For each stage the names of its modules; None with 1 stage and before the first denoiser call."""
-        program = self._pipeline.program if self._pipeline else None
+        program = self._program
         return program.cut if program else None
 
     @property
@@ -67,12 +71,16 @@ class Parallel:
     @property
     def costs(self) -> list[UnitCost] | None:
         """What each unit of the denoiser costs; None where nothing was measured, and before the first call."""
-        program = self._pipeline.program if self._pipeline else None
+        program = self._program
         return program.costs() if program else None
 
     @property
+    def _program(self) -> Program | None:
+        return self._pipeline.program if isinstance(self._pipeline, StagePipeline) else None
+
+    @property
     def sent_bytes(self) -> int:
-        """Bytes of boundary tensors that this process has sent so far."""
+        """Bytes of boundary tensors, or of patches' rows and moments, that this process has sent so far."""
         return self._pipeline.sent_bytes if self._pipeline else 0
 
     @property
@@ -87,7 +95,7 @@ class Parallel:
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of boundary tensors of one asynchronous step, over all ranks of half a guidance batch."""
+        """Bytes of one asynchronous step: for stages over all ranks of a half, for patches as sent here."""
         return self._pipeline.bytes_per_step if self._pipeline else 0
 
     @property
@@ -136,6 +144,9 @@ def parallelize(
     refresh_every: int | None = None,
     time_shift: bool = False,
     cfg: int = 1,
+    patches: int = 1,
+    mode: PatchMode = "full_sync",
+    portion: float = 1.0,
     cut: Sequence[Sequence[str]] | None = None,
     capture: bool = False,
     compile: CompileMode = "none",
@@ -149,7 +160,7 @@ def parallelize(
     trajectory: Trajectory | None = None,
     groups: Groups | None = None,
 ) -> Parallel:
-    """Runs a pipeline's denoiser in asynchronous stages on the ranks of an initialised process group.
+    """Runs a pipeline's denoiser in asynchronous stages, or in patches, on the ranks of an initialised process group.
 
     Every rank calls this once with the same arguments, then runs the pipeline as always, with the same inputs and seed.
     Ranks beyond one pipeline's form further groups, which may run other samples.
@@ -163,6 +174,12 @@ def parallelize(
         refresh_every: After warm-up each how many-th step is exact again, 2 or more; None for none.
         time_shift: Whether asynchronous steps give the denoiser the timestep of the step before.
         cfg: 2 gives each half of the guidance batch its own ranks.
+        patches: Patches that the rows of the latents are split into, in place of stages; UNets only.
+        mode: What patches see of one another after warm-up: "full_sync" is exact; "corrected_async_gn", "stale_gn",
+            "sync_gn" and "separate_gn" use rows of the step before and differ in GroupNorm; "no_sync" uses rows of the
+            last synchronous step; "naive" sees none.
+        portion: Share of the neighbours' rows, 0 to 1, that self-attention sees after warm-up, and that is sent; 1 is
+            all rows of all patches.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU
             then launches a step at once. Needs an NVIDIA GPU. What changes in the network (adapters, their scales)
@@ -191,7 +208,23 @@ def parallelize(
     Raises:
         ValueError: A setting is out of range, the ranks do not fit the layout, or the denoiser is in use already.
     """
-    layout = Layout(stages, stride, cfg)
+    layout = Layout(stages, stride, cfg, patches=patches)
+    patch_settings = None
+    if patches > 1:
+        check_beside_patches(
+            warm_up=warm_up,
+            refresh_every=refresh_every,
+            time_shift=time_shift,
+            cut=cut,
+            compile=compile,
+            balance=balance,
+            warm_up_mode=warm_up_mode,
+            folded=folded,
+        )
+        assert isinstance(warm_up, int)
+        patch_settings = PatchSettings(layout, mode, warm_up, portion, capture)
+    elif (mode, portion) != ("full_sync", 1.0):
+        raise ValueError(f"mode {mode} and portion {portion} are for patches, and patches is 1; give 2 or more patches.")
     check_settings(layout, warm_up, cut, refresh_every)
     check_modes(layout, warm_up, compile, warm_up_mode, simulate)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
@@ -202,7 +235,7 @@ def parallelize(
         noise_levels(scheduler_in_use())
     if is_installed(denoiser):
         raise ValueError(
-            f"This {type(denoiser).__name__} is cut into stages already; call `remove()` of its handle first."
+            f"This {type(denoiser).__name__} is run in parallel already; call `remove()` of its handle first."
         )
     exchange, coordinates = None, (0, 0)
     if not simulate and layout.pipeline_ranks > 1:
@@ -220,9 +253,18 @@ def parallelize(
     if trajectory is None:
         trajectory = Trajectory(denoiser, scheduler_in_use)
         host_side = HostSide(pipe, denoiser, trajectory)
-    pipeline, agreement = None, None
+    pipeline: StagePipeline | PatchPipeline | None = None
+    agreement = None
+    if patch_settings is not None:
+        try:
+            pipeline = PatchPipeline(denoiser, trajectory, patch_settings, exchange, coordinates)
+        except ValueError:
+            if host_side is not None:
+                host_side.remove()
+                trajectory.remove()
+            raise
     # one rank alone is captured and compiled as well
-    if layout.pipeline_ranks > 1 or capture or compile != "none":
+    elif layout.pipeline_ranks > 1 or capture or compile != "none":
         settings = Settings(
             layout, warm_up, time_shift, cut, refresh_every, capture, compile, balance, warm_up_mode, folded
         )
@@ -232,7 +274,7 @@ def parallelize(
     decoding = None
     if exchange and share_decoding and can_share(pipe):
         half, rank = coordinates
-        decoding = SharedDecoding(pipe, exchange, half * layout.stage_ranks + rank, layout.pipeline_ranks)
+        decoding = SharedDecoding(pipe, exchange, half * layout.ranks_per_half + rank, layout.pipeline_ranks)
     return Parallel(pipeline, agreement, trajectory, host_side, layout, decoding)
 
 
@@ -252,6 +294,20 @@ def check_settings(
         )
     if cut is not None and len(cut) != layout.stages:
         raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
+
+
+def check_beside_patches(**settings: Any) -> None:
+    """Checks that patches are not given what belongs to stages.
+
+    Raises:
+        ValueError: They are.
+    """
+    if not isinstance(settings["warm_up"], int):
+        raise ValueError(f"patches take a number of synchronous steps as warm_up, and it is {settings['warm_up']}.")
+    defaults = inspect.signature(parallelize).parameters
+    for name, value in settings.items():
+        if name != "warm_up" and value != defaults[name].default:
+            raise ValueError(f"{name} is for stages, and patches are asked for; leave {name} at its default.")
 
 
 def check_modes(

@@ -7,7 +7,7 @@ expected to be made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -109,7 +109,7 @@ class Exchange:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         while self._next < len(self._order) and self._order[self._next].value == value:
             message = self._order[self._next]
-            work = dist.isend(tensor, group=self.groups.stage, group_dst=message.target)
+            work = dist.isend(tensor, group=self.groups.half, group_dst=message.target)
             self._sends.append((self._pending(work, message), tensor))
             self.sent_bytes += tensor.nbytes
             self._next += 1
@@ -139,6 +139,26 @@ class Exchange:
             event = torch.cuda.Event()
             event.record()
             self._watch.add(_Replayed(event), f"rank {dist.get_rank()}, step {step}: a replayed step with its messages")
+
+    def swap(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor], what: str) -> list[Pending]:
+        """Posts messages from and to ranks of the same half; they are under way when it returns.
+
+        Args:
+            sends: What each of some ranks gets, contiguous; it must stay as it is until the messages were waited for.
+            receives: Buffers for what each of some ranks sends.
+            what: What travels, for reports.
+
+        Returns:
+            The messages, all of which must be waited for.
+        """
+        group = self.groups.half
+        posts = [dist.P2POp(dist.isend, tensor, group=group, group_peer=rank) for rank, tensor in sends.items()]
+        posts += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=rank) for rank, tensor in receives.items()]
+        if not posts:
+            return []
+        self.sent_bytes += sum(tensor.nbytes for tensor in sends.values())
+        text = f"rank {dist.get_rank()}: {what}"
+        return [self._watched(work, text) for work in dist.batch_isend_irecv(posts)]
 
     def broadcast(self, tensors: Sequence[torch.Tensor], source: int) -> None:
         """Gives tensors of one rank of the pipeline to all of it, in place.
@@ -198,7 +218,7 @@ class Exchange:
         while self._next < len(self._order) and self._order[self._next].target == inbox.rank:
             message = self._order[self._next]
             buffer = inbox.incoming(message.value)
-            work: Any = dist.irecv(buffer, group=self.groups.stage, group_src=message.source)
+            work: Any = dist.irecv(buffer, group=self.groups.half, group_src=message.source)
             inbox.expect(message.value, self._pending(work, message))
             self._next += 1
 

@@ -1,9 +1,9 @@
-"""The axes of the world: data x guidance x stages."""
+"""The axes of the world: data x guidance x (stages or patches)."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +22,7 @@ class Layout:
         stride: Steps that one round of the stages covers, 1 or 2; 2 takes one rank more.
         cfg: 2 gives each half of the guidance batch its own ranks.
         data: Groups that work on different samples.
+        patches: Patches that the rows of the latents are split into, from 1 up; more than 1 only with 1 stage.
 
     Raises:
         ValueError: A number is out of range.
@@ -31,6 +32,7 @@ class Layout:
     stride: int = 1
     cfg: int = 1
     data: int = 1
+    patches: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.stages <= MAX_STAGES:
@@ -41,16 +43,23 @@ class Layout:
             raise ValueError("stride 2 needs at least 2 stages; with 1 stage there is nothing to run ahead.")
         if self.cfg not in (1, 2):
             raise ValueError(f"cfg is {self.cfg}; it must be 1 (guidance batch whole) or 2 (one half a group).")
+        if self.patches < 1:
+            raise ValueError(f"patches is {self.patches}; give 1 or more.")
+        if self.patches > 1 and self.stages > 1:
+            raise ValueError(
+                f"A denoiser runs in stages or in patches, and stages is {self.stages} and patches {self.patches}; set "
+                "one of them to 1."
+            )
 
     @property
-    def stage_ranks(self) -> int:
+    def ranks_per_half(self) -> int:
         """Ranks that share one half of the guidance batch, or all of it."""
-        return self.stages + self.stride - 1
+        return self.patches if self.patches > 1 else self.stages + self.stride - 1
 
     @property
     def pipeline_ranks(self) -> int:
         """Ranks that work on one sample."""
-        return self.cfg * self.stage_ranks
+        return self.cfg * self.ranks_per_half
 
     @property
     def world_size(self) -> int:
@@ -67,23 +76,25 @@ class Layout:
         Raises:
             ValueError: The ranks do not fit the layout.
         """
-        needs = f"cfg {self.cfg} x (stages {self.stages} + stride {self.stride} - 1) = {self.pipeline_ranks} ranks"
+        is_patched = self.patches > 1
+        parts = f"patches {self.patches}" if is_patched else f"(stages {self.stages} + stride {self.stride} - 1)"
+        needs = f"cfg {self.cfg} x {parts} = {self.pipeline_ranks} ranks"
         if world_size % self.pipeline_ranks:
             raise ValueError(
                 f"A pipeline of {needs} does not fit {world_size} ranks: start a multiple of {self.pipeline_ranks}, "
-                "or change stages, stride or cfg."
+                f"or change {'patches' if is_patched else 'stages, stride'} or cfg."
             )
         if ranks_per_node is not None and ranks_per_node % self.pipeline_ranks:
             raise ValueError(
                 f"A pipeline of {needs} must lie within a node, but each node has {ranks_per_node} ranks: start a "
                 f"multiple of {self.pipeline_ranks} on each."
             )
-        return Layout(self.stages, self.stride, self.cfg, world_size // self.pipeline_ranks)
+        return replace(self, data=world_size // self.pipeline_ranks)
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """Data group, half of the guidance batch and stage rank of a rank."""
+        """Data group, half of the guidance batch, and number within that half, of a rank."""
         data, within = divmod(rank, self.pipeline_ranks)
-        return data, *divmod(within, self.stage_ranks)
+        return data, *divmod(within, self.ranks_per_half)
 
 
 @dataclass(frozen=True)
@@ -92,12 +103,12 @@ class Groups:
 
     Args:
         pipeline: Ranks that work on the same sample.
-        stage: Ranks among them that work on the same half of the guidance batch.
+        half: Ranks among them that work on the same half of the guidance batch: the stages, or the patches.
         guidance: Ranks that do the same for the other half.
     """
 
     pipeline: dist.ProcessGroup | None = None
-    stage: dist.ProcessGroup | None = None
+    half: dist.ProcessGroup | None = None
     guidance: dist.ProcessGroup | None = None
 
     @classmethod
@@ -111,9 +122,9 @@ class Groups:
         own = layout.coordinates(dist.get_rank())
         # a group of its own for estimates, so that they do not queue behind boundary tensors
         kinds = [
-            (lambda data, half, stage: data, None),
-            (lambda data, half, stage: (data, half), _few_channels()),
-            (lambda data, half, stage: (data, stage), None),
+            (lambda data, half, within: data, None),
+            (lambda data, half, within: (data, half), _few_channels()),
+            (lambda data, half, within: (data, within), None),
         ]
         found = []
         for key, options in kinds:

@@ -19,8 +19,9 @@ from asyncdiff_pl.report.picture_sets import Key, PictureSet, bring_to_one_size,
 from asyncdiff_pl.report.sheet import draw_sheet, scaled, some_of
 
 DESCRIBED = (
-    *("model", "weights", "scheduler", "strategy", "stages", "stride", "warm_up", "refresh_every", "time_shift", "cfg"),
-    *("simulate", "world_size", "data_groups", "device", "dtype", "seed", "torch", "diffusers"),
+    *("model", "weights", "scheduler", "strategy", "stages", "stride", "patches", "mode", "warm_up", "portion"),
+    *("refresh_every", "time_shift", "cfg", "simulate", "world_size", "data_groups", "device", "dtype", "seed"),
+    *("torch", "diffusers"),
 )
 """Columns of results.csv that say what a run was; the table has those in which the two differ."""
 

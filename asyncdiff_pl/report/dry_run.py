@@ -16,6 +16,7 @@ from asyncdiff_pl.callbacks.sample_table import key_of, read_table
 from asyncdiff_pl.models.loading import find_folder, read_json
 from asyncdiff_pl.models.schedulers import build_scheduler, find_scheduler
 from asyncdiff_pl.parallel.guidance import find_latents, split_batch
+from asyncdiff_pl.parallel.patches.rows import ROWS, shares
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
 from asyncdiff_pl.parallel.stages.stopwatch import denoising_rate
@@ -26,7 +27,13 @@ BYTES_PER_PIXEL = {"png": 1.45, "gif": 0.65, "webp": 0.2, "none": 0.0}
 """Size of written photographs, in the mean over COCO images of 1024x576 pixels."""
 
 
-PLAIN = {"compile": "none", "balance": "operations", "warm_up_mode": "replicated", "layout": "fixed"}
+PLAIN = {
+    "compile": "none",
+    "balance": "operations",
+    "warm_up_mode": "replicated",
+    "layout": "fixed",
+    "portion": 1.0,
+}
 """Settings of a strategy that go without saying."""
 
 
@@ -35,13 +42,13 @@ class Cost(NamedTuple):
 
     Args:
         flops: Floating-point operations of one whole call (of one half of the guidance batch with cfg 2).
-        shares: Share of them in each stage.
-        exchanged: Bytes of boundary tensors of one asynchronous step.
+        shares: Share of them in each stage or patch.
+        cut: How the denoiser is cut, for people; empty where it is not.
     """
 
     flops: int
     shares: tuple[float, ...]
-    exchanged: int
+    cut: str = ""
 
 
 def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> str:
@@ -84,13 +91,10 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
             lines["time"] = "not known before a run: the architecture of this checkpoint is not known without it"
         else:
             cost = _cost(strategy, *example)
-            if len(cost.shares) > 1:
-                lines["cut"] = (
-                    f"stages of {', '.join(f'{share:.0%}' for share in cost.shares)} of the operations, "
-                    f"{_bytes(cost.exchanged)} of boundary tensors a step"
-                )
+            if cost.cut:
+                lines["cut"] = cost.cut
             exact = {n: _exact_steps(strategy, module, n) for n in steps}
-            if len(cost.shares) > 1:
+            if getattr(strategy, "stages", 1) > 1:
                 lines["exact"] = _exact(strategy, exact)
             lines["time"] = _time(trainer, cost, left, exact, groups, module.torch_dtype)
         lines["disk"] = (
@@ -135,12 +139,20 @@ def _cost(strategy: Any, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         args, kwargs = split_batch(twin.forward, args, kwargs, 0)
     graph = trace(twin, args, kwargs, find_latents(twin.forward, args, kwargs))
     total = sum(unit.flops for unit in graph.units)
+    patches = getattr(strategy, "patches", 1)
+    if patches > 1:
+        rows = find_latents(twin.forward, args, kwargs).shape[ROWS]
+        each = shares(rows, patches, 2 ** (len(twin.down_blocks) - 1))
+        text = f"patches of {', '.join(map(str, each))} of the latents' {rows} rows"
+        return Cost(total, tuple(own / rows for own in each), text)
     stages = getattr(strategy, "stages", 1)
     if stages == 1:
-        return Cost(total, (1.0,), 0)
+        return Cost(total, (1.0,))
     owner = find_cut(graph, stages, None, strategy.folded) if strategy.cut is None else resolve_cut(graph, strategy.cut)
-    shares = (sum(u.flops for u, k in zip(graph.units, owner, strict=True) if k == s) / total for s in range(stages))
-    return Cost(total, tuple(shares), bytes_per_step(graph, find_boundary(graph, owner)))
+    parts = [sum(u.flops for u, k in zip(graph.units, owner, strict=True) if k == s) / total for s in range(stages)]
+    exchanged = _bytes(bytes_per_step(graph, find_boundary(graph, owner)))
+    text = f"stages of {', '.join(f'{p:.0%}' for p in parts)} of the operations, {exchanged} of boundary tensors a step"
+    return Cost(total, tuple(parts), text)
 
 
 def _time(
@@ -189,7 +201,9 @@ def _range(fewest: int, most: int) -> str:
 
 
 def _exact_steps(strategy: Any, module: LightningModule, num_steps: int) -> tuple[int, int]:
-    """The fewest and the most steps of a sample that are computed exactly."""
+    """The fewest and the most steps of a sample that every rank computes whole."""
+    if getattr(strategy, "patches", 1) > 1:
+        return 0, 0
     if getattr(strategy, "stages", 1) == 1:
         return num_steps, num_steps
     span = span_of(strategy.warm_up, _noise_levels(module, num_steps))

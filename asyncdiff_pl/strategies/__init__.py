@@ -2,5 +2,6 @@
 
 from asyncdiff_pl.strategies.async_stages import AsyncDiffStrategy
 from asyncdiff_pl.strategies.base import GroupStrategy
+from asyncdiff_pl.strategies.patches import PatchStrategy
 
-__all__ = ["AsyncDiffStrategy", "GroupStrategy"]
+__all__ = ["AsyncDiffStrategy", "GroupStrategy", "PatchStrategy"]

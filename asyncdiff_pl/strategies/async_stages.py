@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,11 +16,8 @@ from asyncdiff_pl.parallel.api import check_modes, check_settings, denoiser_of
 from asyncdiff_pl.parallel.search import name_of
 from asyncdiff_pl.parallel.stages.placement import left_behind
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
-from asyncdiff_pl.strategies.base import GroupStrategy
+from asyncdiff_pl.strategies.base import FEW_STEPS, GroupStrategy, either, picture_size
 from asyncdiff_pl.strategies.layout_choice import Choice, choose_layout, kept_layout, possible_layouts
-
-FEW_STEPS = 8
-"""Denoising steps that few-step models (Turbo, LCM, Lightning) take at most."""
 
 
 class AsyncDiffStrategy(GroupStrategy):
@@ -106,19 +103,10 @@ class AsyncDiffStrategy(GroupStrategy):
         self._kept_layout: Layout | None = None
 
     @override
-    def check_module(self, module: pl.LightningModule) -> None:
-        if "pipeline" not in dir(module):
-            raise ValueError(
-                f"AsyncDiffStrategy runs modules that have a diffusers `pipeline`, and {type(module).__name__} has "
-                "none: subclass DiffusionPredictor, or take another strategy."
-            )
+    def check_module(self, module: pl.LightningModule, size: tuple[int | None, int | None] = (None, None)) -> None:
+        super().check_module(module, size)
         if self.layout == "auto":
             possible_layouts(self.ranks_per_group, getattr(module, "is_guided", None), self._allows)
-        if self.cfg == 2 and getattr(module, "is_guided", None) is False:
-            raise ValueError(
-                "cfg 2 halves the guidance batch, but guidance is off: turn it on (a guidance scale above 1) where the "
-                "pipeline guides in one batch, as FLUX does not, or take cfg 1."
-            )
 
     @override
     def advice(self, module: pl.LightningModule) -> str | None:
@@ -129,7 +117,7 @@ class AsyncDiffStrategy(GroupStrategy):
         none_left = [steps for steps in counts if steps <= fewest]
         if none_left:
             return (
-                f"With {_either(none_left)} denoising steps, warm_up {self.warm_up} leaves none for {self.stages} "
+                f"With {either(none_left)} denoising steps, warm_up {self.warm_up} leaves none for {self.stages} "
                 f"stages to gain time in: take a smaller warm_up, or {self._instead(module)}."
             )
         few = [steps for steps in counts if steps <= FEW_STEPS]
@@ -139,8 +127,8 @@ class AsyncDiffStrategy(GroupStrategy):
         # a stage takes one of `stages` parts of the time, and with stride 2 serves two steps
         gains = [n / (n - fast + fast / (self.stages * self.stride)) for n, fast in zip(few, left, strict=True)]
         return (
-            f"With {_either(few)} denoising steps, warm_up {self.warm_up} leaves at most {_either(left)} for "
-            f"{self.stages} stages to gain time in, a speed-up of {_either([f'{gain:.2g}' for gain in gains])} at "
+            f"With {either(few)} denoising steps, warm_up {self.warm_up} leaves at most {either(left)} for "
+            f"{self.stages} stages to gain time in, a speed-up of {either([f'{gain:.2g}' for gain in gains])} at "
             "best, and in so few steps what the stages see is old and shows in the pictures: consider "
             f"{self._instead(module)}."
         )
@@ -205,8 +193,7 @@ class AsyncDiffStrategy(GroupStrategy):
 
     def _choose_together(self, module: pl.LightningModule) -> None:
         """Chooses on rank 0, for all ranks."""
-        data = getattr(module.trainer, "datamodule", None)
-        size = getattr(data, "height", None), getattr(data, "width", None)
+        size = picture_size(getattr(module.trainer, "datamodule", None))
         choice = None
         if self.is_global_zero:
             choice = self.choose(module, size, self.balance == "measured")
@@ -291,10 +278,6 @@ def _refuse_beside_auto(**settings: Any) -> None:
                 f"layout auto chooses stages and cfg for the ranks of the run, but {name} is {value}; set {name} to "
                 f"{back}, or take layout fixed."
             )
-
-
-def _either(values: Sequence[Any]) -> str:
-    return " or ".join(map(str, values))
 
 
 StrategyRegistry.register("asyncdiff", AsyncDiffStrategy, description="AsyncDiff's stages, 2 of them", stages=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,9 @@ from typing_extensions import override
 from asyncdiff_pl.parallel import Groups, Layout, Parallel
 from asyncdiff_pl.processes import die_with_parent
 from asyncdiff_pl.strategies.launcher import GroupLauncher
+
+FEW_STEPS = 8
+"""Denoising steps that few-step models (Turbo, LCM, Lightning) take at most."""
 
 
 class GroupStrategy(ParallelStrategy):
@@ -67,12 +71,27 @@ class GroupStrategy(ParallelStrategy):
     def describe(self) -> dict[str, Any]:
         """The strategy's settings for results.csv."""
 
-    def check_module(self, module: pl.LightningModule) -> None:
+    def check_module(self, module: pl.LightningModule, size: tuple[int | None, int | None] = (None, None)) -> None:
         """Tells early whether a module can be run this way.
+
+        Args:
+            module: What would run.
+            size: Height and width of the data's pictures in pixels, None where they are not known.
 
         Raises:
             ValueError: It cannot.
         """
+        if "pipeline" not in dir(module):
+            raise ValueError(
+                f"{type(self).__name__} runs modules that have a diffusers `pipeline`, and {type(module).__name__} has "
+                "none: subclass DiffusionPredictor, or take another strategy."
+            )
+        is_split = self._layout is not None and self._layout.cfg == 2
+        if is_split and getattr(module, "is_guided", None) is False:
+            raise ValueError(
+                "cfg 2 halves the guidance batch, but guidance is off: turn it on (a guidance scale above 1) where the "
+                "pipeline guides in one batch, as FLUX does not, or take cfg 1."
+            )
 
     def advice(self, module: pl.LightningModule) -> str | None:
         """What a user should know before a module is run this way, in a sentence."""
@@ -162,7 +181,7 @@ class GroupStrategy(ParallelStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         # nothing is loaded by now
-        self.check_module(model)
+        self.check_module(model, picture_size(getattr(model.trainer, "datamodule", None)))
         advice = self.advice(model)
         if advice:
             rank_zero_warn(advice)
@@ -242,3 +261,13 @@ class GroupStrategy(ParallelStrategy):
         return (
             _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
         )
+
+
+def picture_size(data: Any) -> tuple[int | None, int | None]:
+    """Height and width of a data module's pictures in pixels, None where they are not known."""
+    return getattr(data, "height", None), getattr(data, "width", None)
+
+
+def either(values: Sequence[Any]) -> str:
+    """Several values in a sentence."""
+    return " or ".join(map(str, values))

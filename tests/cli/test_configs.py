@@ -8,12 +8,14 @@ from PIL import Image
 
 from asyncdiff_pl.cli import command as command_module
 from asyncdiff_pl.cli.overview import CONFIGS, packaged_configs
+from asyncdiff_pl.data.coco import DEMO_FOLDER
 from asyncdiff_pl.parallel import Layout
 
 NAMES = [name for name in packaged_configs() if "/" not in name]
 ISSUE = {
     *("sd15_n2", "sd21_n2", "sd21_n3", "sd21_n4", "sdxl_n2", "sdxl_n3", "sdxl_n4", "sdxl_cfg2_n2", "sdxl_inpaint_n2"),
     *("sdxl_controlnet_n2", "sd3_n2", "sd3_n4", "upscale_n2", "animatediff_n2", "animatediff_n3", "animatediff_n4"),
+    *("sdxl_patch4", "sdxl_pcpp4", "svd_patch4", "animatediff_patch2", "sd15_patch2", "demo_patch", "sdxl_coco"),
     *("dit_n2", "flux_n2", "demo_image", "demo", "svd_n2", "svd_n3", "svd_n4", "svd_cfg2_n2", "svd_n3s2", "svd_eval"),
 }
 
@@ -33,7 +35,9 @@ def test_a_config_says_what_it_is_and_has_the_devices_of_its_layout(name):
     assert first.endswith(".")
     config = read(name)
     strategy = config["trainer"]["strategy"]["init_args"]
-    layout = Layout(strategy["stages"], strategy.get("stride", 1), strategy.get("cfg", 1))
+    axes = {axis: strategy.get(axis, 1) for axis in ("stages", "stride", "cfg", "patches")}
+    layout = Layout(**axes)
+    assert layout.ranks_per_half > 1 or name == "svd_sequential"
     assert config["trainer"]["devices"] == layout.pipeline_ranks
     assert config["trainer"]["logger"]["init_args"]["name"] == name
 
@@ -52,6 +56,8 @@ def check(command, monkeypatch, tmp_path):
             arguments += ["--data.annotations", "demo"]
             if data["init_args"]["images_dir"] is not None:
                 arguments += ["--data.images_dir", "demo"]
+        if "frechet_distance" in read(name):
+            arguments += ["--frechet_distance.real", str(DEMO_FOLDER / "images")]
         elif kind == "PromptFile" and data["init_args"]["path"] != "demo":
             arguments += ["--data.path", str(prompts(name))]
         with pytest.raises(SystemExit) as end:

@@ -41,6 +41,7 @@ SURFACE = {
         "num_workers": 0,
         "skip_uncaptioned": False,
         "caption_index": None,
+        "number_as_seed": False,
     },
     "trainer.strategy": {
         "stages": 1,
@@ -124,7 +125,9 @@ def test_other_classes_are_explained_by_what_they_have_beyond_the_first(text, pl
     for name, parameter in inspect.signature(kind).parameters.items():
         if name in first:
             value = "required" if parameter.default is parameter.empty else parameter.default
-            assert f" {name} {'null' if value is None else value}" in " ".join(section.split())
+            # as YAML has it
+            shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
+            assert f" {name} {shown}" in " ".join(section.split())
             assert f"--{place}.{name} " not in section
         else:
             assert f"  --{place}.{name} " in section

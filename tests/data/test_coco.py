@@ -235,7 +235,7 @@ def test_an_empty_list_of_categories_does_no_harm(tmp_path):
         ({"width": -8}, "width is -8 pixels; give a multiple of 8"),
         ({"fit": "cover"}, "fit is 'cover'; give crop, pad or stretch"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"caption_index": -1}, "caption_index is -1; give a number from 0 up, or null"),
+        ({"caption_index": -1}, "caption_index is -1; give a number from 0 up, in_turn, or null"),
     ],
 )
 def test_bad_arguments_are_told_with_the_remedy(kwargs, sentence, tmp_path):
@@ -309,6 +309,16 @@ def test_a_caption_that_some_image_of_the_run_has_not(tmp_path):
     assert "caption_index is 2, counted from 0, but 2 of the 3 images of the run have fewer than 3" in str(caught.value)
     assert "(ids 2, 3); give at most 0." in str(caught.value)
     assert make(tmp_path, captions, caption_index=2, max_images=1).samples()[0].text == "c"
+
+
+def test_the_protocol_of_tables_takes_caption_and_seed_by_number(tmp_path):
+    captions = {9: ["a", "b", "c"], 2: ["d", "e"], 5: ["f", "g", "h"], 7: ["i", "j"]}
+    data = make(tmp_path, captions, caption_index="in_turn", number_as_seed=True)
+    assert data.ids() == ["2", "5", "7", "9"]
+    assert [data.samples()[k].text for k in range(4)] == ["d", "g", "i", "a"]
+    assert [data.samples()[k].seed for k in range(4)] == [0, 1, 2, 3]
+    assert data.samples()[3].captions == ("a", "b", "c")
+    assert make(tmp_path, captions).samples()[1].seed is None
 
 
 def test_captions_are_served_without_images(tmp_path):

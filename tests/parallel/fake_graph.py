@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from asyncdiff_pl.parallel import recordings
 from asyncdiff_pl.parallel.capture import CannotCapture, recorder_for
-from asyncdiff_pl.parallel.stages import recordings
 from asyncdiff_pl.parallel.stages.absent import Absent
 
 # messages that are received may be waited for at once, since all ranks post in one order

@@ -57,13 +57,13 @@ def test_a_cut_that_does_not_fit_is_told_in_the_first_call(settings, message):
 def test_a_second_handle_for_the_same_denoiser():
     denoiser, scheduler = build("sd21"), ddim()
     handle = parallelize(denoiser, stages=2, simulate=True, scheduler=scheduler)
-    with pytest.raises(ValueError, match=r"UNet2DConditionModel is cut into stages already; call `remove\(\)`"):
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel is run in parallel already; call `remove\(\)`"):
         parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
     handle.remove()
     assert not denoiser._forward_pre_hooks
     again = parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
     handle.remove()  # the second time: what came after it stays
-    with pytest.raises(ValueError, match="cut into stages already"):
+    with pytest.raises(ValueError, match="run in parallel already"):
         parallelize(denoiser, stages=3, simulate=True, scheduler=scheduler)
     again.remove()
 

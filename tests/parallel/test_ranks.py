@@ -1,5 +1,7 @@
 """The ranks themselves, over gloo: each scenario gives to the bit what all ranks in one process give.
 
+With patches all but for rounding: one process computes the rows of all patches at once.
+
 Processes are dear: one world of 2, one of 3 and one of 4 ranks, in each of which all its scenarios are played.
 """
 
@@ -13,6 +15,7 @@ from cuts import split_attentions
 from denoisers import NAMES, Sampler, build, ddim
 from diffusers import DDPMScheduler
 from fake_graph import FakeRecorder, captured
+from patch_scenarios import PATCH_CHECKS, PATCHES
 from pipeline_scenarios import PIPELINES
 from ranks import run_ranks
 from torch.utils._pytree import tree_map
@@ -407,7 +410,9 @@ def play(rank, world_size, expected, traces):
             same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
         for key in reference.keys(world_size):
             same(key, [reference.run(key, simulate=False)], expected[key])
-    for check in CHECKS.get(world_size, []):
+    for scenario in PATCHES[world_size]:
+        near(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
+    for check in CHECKS.get(world_size, []) + PATCH_CHECKS.get(world_size, []):
         check(rank)
     if world_size == 4:
         same("two data groups", group_sample(rank // 2, simulate=False), expected["groups"][rank // 2])
@@ -419,12 +424,18 @@ def same(name, found, expected):
         assert torch.equal(*pair), f"{name}, sample {at}: rank {dist.get_rank()} differs from the simulation"
 
 
+def near(name, found, expected):
+    assert len(found) == len(expected), name
+    for at, (latents, simulated) in enumerate(zip(found, expected, strict=True)):
+        error = float((latents - simulated).norm() / simulated.norm())
+        assert error < 1e-5, f"{name}, sample {at}: rank {dist.get_rank()} is {error:.1e} from the simulation"
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.filterwarnings("ignore:The denoiser's inputs changed", "ignore::DeprecationWarning")
 def test_ranks(world_size):
-    expected = {
-        scenario.__name__: scenario(simulate=True) for scenario in SCENARIOS[world_size] + PIPELINES[world_size]
-    }
+    scenarios = SCENARIOS[world_size] + PIPELINES[world_size] + PATCHES[world_size]
+    expected = {scenario.__name__: scenario(simulate=True) for scenario in scenarios}
     # within the bound of the original's latents: test_parity.py
     expected |= {key: [reference.simulated(key)] for key in reference.keys(world_size)}
     if world_size == 4:

@@ -1,7 +1,24 @@
+import math
 import random
+import re
 
 import pytest
-from quality_rows import ONE_RANK, SETTINGS, Conditions, Row, Setting, complete, read_rows, settings_of, write_rows
+from quality_rows import (
+    COLUMNS,
+    ONE_RANK,
+    SETTINGS,
+    Conditions,
+    Row,
+    Setting,
+    complete,
+    patch_settings,
+    read_rows,
+    settings_of,
+    write_rows,
+)
+
+from asyncdiff_pl.parallel import Layout
+from asyncdiff_pl.parallel.patches.settings import MODES, PatchSettings
 
 CONDITIONS = Conditions(25, 0, "float32")
 
@@ -14,6 +31,48 @@ def rows_of(settings, samples=8, conditions=CONDITIONS, model="tiny-sd"):
             common = 30 * (sample % 4) + noise.gauss(0, 0.01)
             psnr_db = float("inf") if setting == ONE_RANK else common + setting.warm_up - 2 * setting.stages
             yield Row(model, conditions, setting, sample, psnr_db, common + setting.stages)
+
+
+def patch_rows(settings, samples=8):
+    """PSNR rises with what a mode sees of other patches, with the portion and with warm-up."""
+    worth = {"naive": 0, "no_sync": 1, "separate_gn": 2, "corrected_async_gn": 10, "stale_gn": 10, "sync_gn": 11}
+    noise = random.Random(0)
+    for setting in settings:
+        for sample in range(samples):
+            common = 30 * (sample % 4) + noise.gauss(0, 0.01)
+            own = worth.get(setting.mode, 20) + setting.portion + setting.warm_up / 10 - setting.patches / 100
+            yield Row("tiny-sd", CONDITIONS, setting, sample, common + own, common)
+
+
+def test_patches_are_measured_in_every_mode_and_portion_once():
+    settings = patch_settings([4], [2])
+    assert len(set(settings)) == len(settings) == 7 + 4
+    assert {setting.mode for setting in settings} == set(MODES)
+    assert sorted(s.portion for s in settings if s.mode == "corrected_async_gn") == [0, 0.1, 0.3, 0.5, 1]
+    # what has no warm-up is measured once
+    assert len(patch_settings([1, 4], [2, 4])) == 2 * (2 + 2 * 9)
+    assert not set(patch_settings()) & set(SETTINGS)
+
+
+@pytest.mark.parametrize("setting", patch_settings(), ids=str)
+def test_every_setting_of_patches_can_be_run(setting):
+    layout = Layout(patches=setting.patches)
+    PatchSettings(layout, setting.mode, max(1, setting.warm_up), setting.portion)
+    assert setting.ranks == layout.pipeline_ranks
+
+
+def test_rows_from_before_there_were_patches_are_read(tmp_path):
+    rows = list(rows_of(SETTINGS[:3]))
+    write_rows(tmp_path / "samples_0of2.csv", rows)
+    added = [COLUMNS.index(name) for name in ("patches", "mode", "portion")]
+    table = [line.split(",") for line in (tmp_path / "samples_0of2.csv").read_text().splitlines()]
+    old = [",".join(cell for at, cell in enumerate(line) if at not in added) for line in table]
+    (tmp_path / "samples_0of2.csv").write_text("\n".join(old) + "\n")
+    new = list(patch_rows(patch_settings([4], [2])))
+    write_rows(tmp_path / "samples_1of2.csv", new)
+    before, after = read_rows(tmp_path, CONDITIONS)
+    assert [row[:4] for row in before] == [row[:4] for row in rows]
+    assert [row[:4] for row in after] == [row[:4] for row in new]
 
 
 def test_settings_cover_what_is_asked_once():
@@ -65,6 +124,53 @@ class TestReport:
         assert (tmp_path / "quality.png").stat().st_size > 10_000
         assert len((tmp_path / "summary.csv").read_text().splitlines()) == 1 + 2 * len(SETTINGS)
         assert len((tmp_path / "samples.csv").read_text().splitlines()) == 1 + 2 * 8 * len(SETTINGS)
+
+    def test_patches_have_tables_and_an_order_of_their_own(self, tmp_path):
+        from quality_report import write_report
+
+        one = [Row("tiny-sd", CONDITIONS, ONE_RANK, sample, float("inf"), 0.0) for sample in range(8)]
+        write_rows(tmp_path / "samples_0of1.csv", [*one, *patch_rows(patch_settings())])
+        text = write_report(tmp_path)
+        assert "| mode | 2 patches, warm-up 1 | 2 patches, warm-up 4 | 4 patches, warm-up 1 | 4 patches, " in text
+        assert [line.split("|")[1].strip() for line in text.split("\n\n")[2].splitlines()[2:]] == [
+            *(
+                "`full_sync`",
+                "`corrected_async_gn`",
+                *(f"`corrected_async_gn`, portion {p}" for p in (0.5, 0.3, 0.1, 0)),
+            ),
+            *("`stale_gn`", "`sync_gn`", "`separate_gn`", "`no_sync`", "`naive`"),
+        ]
+        outcomes = re.findall(r"^- PSNR (rises .*), by more than 2 .*: in (\d+) of (\d+) comp", text, re.MULTILINE)
+        assert [(int(holding), int(number)) for _, holding, number in outcomes] == [
+            (28, 28),
+            (8, 8),
+            (16, 16),
+            (18, 18),
+        ]
+        assert "warm-up 0" not in text
+        assert not (tmp_path / "quality.png").exists()
+
+    def test_stages_and_patches_of_one_model(self, tmp_path):
+        from quality_report import write_report
+
+        write_rows(tmp_path / "samples_0of1.csv", [*rows_of(SETTINGS), *patch_rows(patch_settings([4]))])
+        text = write_report(tmp_path)
+        assert "PSNR rises with warm-up, by more than 2 paired standard errors: in 21 of 21" in text
+        assert "PSNR rises with the portion, by more than 2 paired standard errors: in 8 of 8" in text
+        assert len((tmp_path / "summary.csv").read_text().splitlines()) == 1 + len(SETTINGS) + 22
+
+    def test_a_mode_that_is_no_better_is_listed(self, tmp_path):
+        from quality_figures import gather
+        from quality_patches import compare_patches
+
+        rows = [row._replace(psnr_db=row.score) for row in patch_rows(patch_settings([4], [2]))]
+        comparisons = compare_patches(gather(rows)[0])
+        assert len(comparisons) == 7 + 2 + 4
+        assert not any(comparison.holds for comparison in comparisons)
+        exact = [row._replace(psnr_db=math.inf) if row.setting.mode == "full_sync" else row for row in rows]
+        held = [comparison for comparison in compare_patches(gather(exact)[0]) if comparison.holds]
+        assert {comparison.better.mode for comparison in held} == {"full_sync"}
+        assert len(held) == 3
 
     def test_what_does_not_hold_is_listed(self, tmp_path):
         from quality_report import compare, gather

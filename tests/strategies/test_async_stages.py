@@ -3,39 +3,16 @@
 import re
 
 import pytest
-import torch
 from diffusers.hooks import HookRegistry
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from worlds import environment, over, predict  # noqa: F401
 
 from asyncdiff_pl.data import CocoCaptions
 from asyncdiff_pl.models import VideoPredictor
 from asyncdiff_pl.parallel import Layout, WarmUp
 from asyncdiff_pl.parallel.stages import costs
 from asyncdiff_pl.strategies import AsyncDiffStrategy
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-    yield
-    rank_zero_only.rank = 0
-
-
-def over(strategy, devices, nodes=1, rank=0):
-    """A strategy that takes itself for one rank of a world; no process is started."""
-    environment = LightningEnvironment()
-    environment.set_world_size(devices * nodes)
-    environment.set_global_rank(rank)
-    strategy.cluster_environment = environment
-    strategy.parallel_devices = [torch.device("cpu")] * devices
-    strategy.num_nodes = nodes
-    return strategy
-
 
 # -- settings ---------------------------------------------------------------------------------------------------------
 
@@ -344,22 +321,6 @@ def test_a_layout_is_not_known_before_it_is_chosen():
 
 
 # -- one process ------------------------------------------------------------------------------------------------------
-
-
-def predict(module, strategy, images=2):
-    trainer = Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        inference_mode=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    data = CocoCaptions("demo", "demo", max_images=images, height=64, width=64)
-    batches = trainer.predict(module, data)
-    return [frame.tobytes() for (prediction,) in batches for frame in prediction.frames]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ class Module(LightningModule):
 @pytest.mark.parametrize(("mode", "place"), [("replicated", "meta"), ("relay", "cpu")])
 def test_the_denoiser_stays_until_its_cut_is_known(mode, place, monkeypatch):
     strategy, module = AsyncDiffStrategy(stages=2, warm_up_mode=mode), Module()
+    module.trainer = SimpleNamespace(datamodule=None)
     strategy.connect(module)
     monkeypatch.setattr(AsyncDiffStrategy, "root_device", torch.device("meta"))
     names = list(module.state_dict())

@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
+from asyncdiff_pl.parallel.phases import Phases
 from asyncdiff_pl.parallel.stages.absent import Absent
-from asyncdiff_pl.parallel.stages.phases import Phases
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.relay import RelayWorker
 from asyncdiff_pl.parallel.stages.units import Output

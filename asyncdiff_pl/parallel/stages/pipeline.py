@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.guidance import Halves
+from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
+from asyncdiff_pl.parallel.phases import Inputs, Made, Phase, number_format
+from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import Stream
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
-from asyncdiff_pl.parallel.stages.hooks import install, uninstall, with_signature
-from asyncdiff_pl.parallel.stages.phases import Inputs, Made, Phase, number_format
 from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
 from asyncdiff_pl.parallel.stages.program import Program
-from asyncdiff_pl.parallel.stages.recordings import Recordings
 from asyncdiff_pl.parallel.stages.relay import traced_likes
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.settings import Settings

@@ -78,7 +78,7 @@ class Program:
         return cls(
             graph,
             boundary,
-            messages(boundary, layout.stages, layout.stage_ranks),
+            messages(boundary, layout.stages, layout.ranks_per_half),
             cut_names(graph, owner),
             {unit.name: number for number, unit in enumerate(graph.units)},
             [_containers_to_run(graph, boundary, stage) for stage in range(layout.stages)],

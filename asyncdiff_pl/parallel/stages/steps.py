@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import join_halves
 from asyncdiff_pl.parallel.layout import Layout
+from asyncdiff_pl.parallel.phases import Inputs, Made
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
-from asyncdiff_pl.parallel.stages.phases import Inputs, Made
 from asyncdiff_pl.parallel.stages.relay import RelayWorker, check_formats, relay_order
 from asyncdiff_pl.parallel.stages.schedule import StepPlan
 from asyncdiff_pl.parallel.stages.worker import Worker
@@ -44,7 +44,7 @@ class Steps:
         self.half, self.rank = coordinates
         self.halves = [self.half] if exchange else list(range(layout.cfg))
         """Halves of the guidance batch that this process computes."""
-        self.ranks = [self.rank] if exchange else list(range(layout.stage_ranks))
+        self.ranks = [self.rank] if exchange else list(range(layout.ranks_per_half))
         """Stage ranks that this process plays."""
         self.active: StageCall | None = None
         """What the hooks of units do at present; None lets them run as they are."""
@@ -64,7 +64,7 @@ class Steps:
         halves = []
         for at, (args, kwargs) in enumerate(inputs):
             if plan.fills:
-                first_rank = self.halves[at] * layout.stage_ranks
+                first_rank = self.halves[at] * layout.ranks_per_half
                 stage_call = StageCall(stream, at, stream.device, drift=drift, first_rank=first_rank)
                 result = self._run_in(stage_call, call, args, kwargs)
             else:
@@ -155,7 +155,7 @@ class Steps:
             else:
                 likes = [leaf for leaf in stream.result[0] if isinstance(leaf, torch.Tensor)]
                 tensors = [torch.empty(leaf.shape, dtype=leaf.dtype, device=stream.device) for leaf in likes]
-            self.exchange.broadcast(tensors, half * layout.stage_ranks + plan.estimate_from)
+            self.exchange.broadcast(tensors, half * layout.ranks_per_half + plan.estimate_from)
             halves.append(tensors)
         return join_halves(halves), ahead
 

@@ -44,9 +44,9 @@ class Phase:
     """What a step does that no argument shows.
 
     Args:
-        kind: An exact step, whose boundary tensors nobody keeps ("exact"), go from stage to stage ("relay") or are kept
-            for what follows ("fill"), or an asynchronous one, whose boundary tensors travel ("asynchronous") or are not
-            wanted any more ("last").
+        kind: An exact step, of which nobody keeps what others made ("exact"), in which it goes from stage to stage
+            ("relay") or is kept for what follows ("fill"), or an asynchronous one, in which it travels
+            ("asynchronous") or is not wanted any more ("last").
         compares: Whether the boundary tensors' drift is measured.
         stages: The stage that each rank computes, None for nothing; empty in an exact step.
         estimate_from: Rank whose result is the noise estimate.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,20 @@ from torch import nn
 from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, recorder_for
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.fingerprint import fingerprint
-from asyncdiff_pl.parallel.stages.call import Stream
-from asyncdiff_pl.parallel.stages.phases import Body, Inputs, Made, Phase, Phases
+from asyncdiff_pl.parallel.phases import Body, Inputs, Made, Phase, Phases
+
+
+class Recordable(Protocol):
+    """One of the denoiser calls that a step makes."""
+
+    phases: Phases | None
+
+    @property
+    def held(self) -> Hashable:
+        """Tells the buffers that its steps read and write beside their arguments from others."""
+
+    def abandon(self) -> None:
+        """Forgets the messages of a recording that came to nothing."""
 
 
 class Recordings:
@@ -50,7 +62,7 @@ class Recordings:
         """Has the network looked at again: it may be another one."""
         self._network = None
 
-    def begin(self, stream: Stream, device: torch.device) -> None:
+    def begin(self, stream: Recordable, device: torch.device) -> None:
         """Has a stream's steps recorded from now on, if they can be.
 
         Args:
@@ -68,7 +80,7 @@ class Recordings:
                 return
         stream.phases = Phases(self._recorder, self._denoiser, self._forward, device, self._agree, self._refuse)
 
-    def run(self, stream: Stream, phase: Phase, inputs: list[Inputs], body: Body, step: int) -> Made:
+    def run(self, stream: Recordable, phase: Phase, inputs: list[Inputs], body: Body, step: int) -> Made:
         """Computes a step, or replays one like it.
 
         Args:

@@ -1,0 +1,126 @@
+"""Spatial self-attention of a patch: queries of its own rows, keys and values of others' rows as well.
+
+The projections to keys and values give more tokens than they are given; all else is the attention processor's, so that
+whatever was set or loaded there keeps its effect. Attention to texts and over time needs nothing of other patches.
+
+Source: DistriFusion (arXiv 2402.19481), section 4; PCPP (arXiv 2412.02962), section 3, for a part of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import nn
+
+from asyncdiff_pl.parallel.patches.rows import Rows, visible_rows
+from asyncdiff_pl.parallel.patches.settings import Source
+from asyncdiff_pl.parallel.patches.step import PatchStep
+from asyncdiff_pl.parallel.patches.traffic import Parcels, contiguous
+
+SPATIAL = (Transformer2DModel, TransformerSpatioTemporalModel)
+"""Transformers whose blocks attend over rows and columns."""
+
+OVER_TIME = (AnimateDiffTransformer3D, TemporalBasicTransformerBlock)
+"""Those in which each pixel attends to itself in other frames."""
+
+
+def spatial_transformers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the transformers that attend over rows and columns."""
+    for name, module in denoiser.named_modules():
+        if isinstance(module, SPATIAL):
+            yield name, module
+
+
+def self_attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """Names and modules of the attentions of tokens to tokens of the same picture.
+
+    Raises:
+        ValueError: One of them has its projections fused, or is where none is expected.
+    """
+    known = {each for module in denoiser.modules() if isinstance(module, OVER_TIME) for each in module.modules()}
+    for parent, transformer in spatial_transformers(denoiser):
+        # the blocks over time are in lists of their own
+        for at, block in enumerate(transformer.transformer_blocks):
+            for name, module in block.named_children():
+                known.add(module)
+                if isinstance(module, Attention) and not module.is_cross_attention:
+                    name = f"{parent}.transformer_blocks.{at}.{name}"
+                    # the flag of the module stays when they are taken apart again
+                    if isinstance(module.processor, FusedAttnProcessor2_0):
+                        raise ValueError(f"{name} has fused projections; call `unfuse_qkv_projections()` first.")
+                    yield name, module
+    for name, module in denoiser.named_modules():
+        if isinstance(module, Attention) and module not in known:
+            raise ValueError(f"{name} is an attention of a kind that patches do not know; take stages or cfg.")
+
+
+def extend(name: str, projected: torch.Tensor, columns: int, step: PatchStep) -> list[torch.Tensor]:
+    """Keys or values that each own patch sees.
+
+    Args:
+        name: Name of the projection.
+        projected: [B, H · W, C] of the own patches' rows.
+        columns: W.
+        step: The step in work.
+
+    Returns:
+        For each own patch [B, H' · W, C], in the order of the rows.
+    """
+    rows, traffic = step.rows, step.traffic
+    grid = projected.unflatten(1, (-1, columns))
+    parts, sizes = rows.split(grid, dim=1), rows.at(grid.shape[1])
+    received: Parcels = [{} for _ in parts]
+    if step.source is Source.FRESH:
+        # a synchronous step sees all rows
+        received = traffic.now(_sends(parts, rows, sizes, 1.0), _receives(parts, rows, sizes, 1.0), name)
+        if step.keeps_rows:
+            traffic.keep(name, _seen(received, rows, sizes, step.portion))
+    elif step.source is not Source.NONE:
+        received = traffic.before(name)
+        if step.sends:
+            traffic.later(name, _sends(parts, rows, sizes, step.portion))
+    found = []
+    for patch, part, others in zip(rows.own, parts, received, strict=True):
+        each = others | {patch: part}
+        found.append(torch.cat([each[number] for number in sorted(each)], 1).flatten(1, 2))
+    return found
+
+
+def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
+    """What the other patches see of the own ones."""
+    sends: Parcels = [{} for _ in parts]
+    for at, (patch, part) in enumerate(zip(rows.own, parts, strict=True)):
+        for other in range(rows.patches):
+            seen = visible_rows(portion, other, sizes).get(patch)
+            if seen is not None:
+                sends[at][other] = part[:, seen]
+    return contiguous(sends)
+
+
+def _receives(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
+    """Room for what the own patches see of the others."""
+    return [
+        {
+            other: part.new_empty(part.shape[0], seen.stop - seen.start, *part.shape[2:])
+            for other, seen in visible_rows(portion, patch, sizes).items()
+        }
+        for patch, part in zip(rows.own, parts, strict=True)
+    ]
+
+
+def _seen(received: Parcels, rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
+    """Of all other rows those that will be seen."""
+    if portion == 1:
+        return received
+    return contiguous(
+        [
+            {other: parcel[other][:, seen] for other, seen in visible_rows(portion, patch, sizes).items()}
+            for patch, parcel in zip(rows.own, received, strict=True)
+        ]
+    )

@@ -1,0 +1,220 @@
+"""What patches tell each other, layer by layer: at once, or for the next step while this one goes on.
+
+All ranks run through the same layers in the same order, and each of them posts its messages of a layer when it comes
+to it: that is the order which they keep to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from asyncdiff_pl.parallel.exchange import Exchange, Pending
+
+Parcels = list[dict[int, torch.Tensor]]
+"""For each patch that this process plays: a tensor for, or from, each of some other patches."""
+
+
+class Swap(Protocol):
+    """Gets parcels from patch to patch."""
+
+    sent_bytes: int
+
+    def post(self, sends: Parcels, receives: Parcels, what: str) -> list[Pending]:
+        """Fills `receives` with what the other patches send; not before what it returns was waited for."""
+
+
+class RankSwap:
+    """Each patch is a rank.
+
+    Args:
+        exchange: This rank's messages.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has sent."""
+        return self._exchange.sent_bytes
+
+    def post(self, sends: Parcels, receives: Parcels, what: str) -> list[Pending]:
+        """Posts the messages of this rank's patch."""
+        return self._exchange.swap(sends[0], receives[0], what)
+
+
+class LocalSwap:
+    """One process plays all patches."""
+
+    def __init__(self) -> None:
+        self.sent_bytes = 0
+        """Bytes that all patches have sent."""
+
+    def post(self, sends: Parcels, receives: Parcels, what: str) -> list[Pending]:
+        """Copies what the patches have for one another."""
+        for patch, buffers in enumerate(receives):
+            for source, buffer in buffers.items():
+                buffer.copy_(sends[source][patch])
+                self.sent_bytes += buffer.nbytes
+        return []
+
+
+@dataclass
+class _Layer:
+    """What one layer holds of other patches, and of the own ones: for this step and for the next."""
+
+    others: list[Parcels | None] = field(default_factory=lambda: [None, None])
+    own: list[list[torch.Tensor] | None] = field(default_factory=lambda: [None, None])
+
+
+class Traffic:
+    """Messages of one denoiser call's layers, and what stays of them for the next step.
+
+    Each layer has two buffers: one that a step reads, and one that is written meanwhile. They change places between
+    steps, and stay where they are in memory as long as the shapes do, so that a step can be recorded.
+
+    Args:
+        swap: Gets messages to the other patches.
+        is_double: Whether steps write while they read; otherwise what is kept stays as it is, and one buffer does.
+    """
+
+    def __init__(self, swap: Swap, is_double: bool = True) -> None:
+        self._swap = swap
+        self._is_double = is_double
+        self._layers: dict[str, _Layer] = {}
+        self._pending: dict[str, list[Pending]] = {}
+        self._sent: list[Parcels] = []
+        self.parity = 0
+        """Which of the two buffers this step reads."""
+        self.held: Hashable = object()
+        """Tells these buffers from others."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers."""
+        parcels = [parcel for layer in self._layers.values() for each in layer.others if each for parcel in each]
+        return sum(tensor.nbytes for parcel in parcels for tensor in parcel.values())
+
+    def now(self, sends: Parcels, receives: Parcels, what: str) -> Parcels:
+        """What the other patches have in this step.
+
+        Args:
+            sends: For each own patch what each of some others gets, contiguous.
+            receives: For each own patch buffers for what each of some others sends.
+            what: What travels, for reports.
+        """
+        for message in self._swap.post(sends, receives, what):
+            message.wait()
+        return receives
+
+    def keep(self, name: str, received: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
+        """Keeps for the next step what came in now.
+
+        Args:
+            name: Name of the layer.
+            received: What came in.
+            own: What the own patches had.
+        """
+        for buffers, parcel in zip(self._next(name, received), received, strict=True):
+            for source, tensor in parcel.items():
+                buffers[source].copy_(tensor)
+        self._keep_own(name, own)
+
+    def before(self, name: str) -> Parcels:
+        """What the other patches had in the step before, as far as it was kept or sent."""
+        for message in self._pending.pop(name, ()):
+            message.wait()
+        found = self._layers[name].others[self.parity]
+        assert found is not None
+        return found
+
+    def own_before(self, name: str) -> list[torch.Tensor]:
+        """What the own patches had in the step before."""
+        found = self._layers[name].own[self.parity]
+        assert found is not None
+        return found
+
+    def later(self, name: str, sends: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
+        """Sends what the other patches read in the next step, beside the computation; `before` comes before it.
+
+        Args:
+            name: Name of the layer.
+            sends: As for `now`; what comes in is like what came in the step before.
+            own: What the own patches have.
+        """
+        like = self._layers[name].others[self.parity]
+        assert like is not None
+        self._pending[name] = self._swap.post(sends, self._next(name, like), name)
+        # until they have left
+        self._sent.append(sends)
+        self._keep_own(name, own)
+
+    def turn_over(self) -> None:
+        """Begins the next step: what was kept, or is coming in, is what it reads."""
+        self.parity ^= 1
+
+    def join(self) -> None:
+        """Waits for all that is under way; on a GPU only the stream does."""
+        for messages in self._pending.values():
+            for message in messages:
+                message.wait()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Forgets the messages of a recording that came to nothing."""
+        self._pending.clear()
+        self._sent.clear()
+
+    def restart(self) -> None:
+        """Begins a sample: with the same one of the buffers each time."""
+        self.join()
+        self.parity = 0
+
+    def drop(self) -> None:
+        """Waits for what is under way, and gives the buffers back."""
+        self.join()
+        self._layers.clear()
+        self.held = object()
+
+    def _next(self, name: str, like: Parcels) -> Parcels:
+        """The buffers that are written in this step."""
+        layer = self._layers.setdefault(name, _Layer())
+        if layer.others[1 - self.parity] is None:
+            for place in self._places():
+                layer.others[place] = [{source: _like(tensor) for source, tensor in each.items()} for each in like]
+        found = layer.others[1 - self.parity]
+        assert found is not None
+        return found
+
+    def _keep_own(self, name: str, own: Sequence[torch.Tensor]) -> None:
+        layer = self._layers[name]
+        if layer.own[1 - self.parity] is None:
+            for place in self._places():
+                layer.own[place] = [_like(tensor) for tensor in own]
+        found = layer.own[1 - self.parity]
+        assert found is not None
+        for buffer, tensor in zip(found, own, strict=True):
+            buffer.copy_(tensor)
+
+    def _places(self) -> tuple[int, ...]:
+        """Which of the two buffers are wanted: both at once, since recordings know them by their place."""
+        self.held = object()
+        return (0, 1) if self._is_double else (1 - self.parity,)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    # inference tensors could not be written outside of inference mode
+    with torch.inference_mode(False):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def contiguous(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:
+    """Copies of parcels, each in memory of its own: what they are cut from may change."""
+    return [
+        {patch: tensor.clone(memory_format=torch.contiguous_format) for patch, tensor in parcel.items()}
+        for parcel in parcels
+    ]
