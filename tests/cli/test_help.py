@@ -55,6 +55,7 @@ SURFACE = {
         "compile": "none",
         "balance": "operations",
         "warm_up_mode": "replicated",
+        "folded": False,
         "layout": "fixed",
         "simulate": False,
         "timeout": 600.0,

@@ -76,22 +76,28 @@ def test_as_many_stages_as_units_but_not_more():
         find_cut(graph, len(graph.units) + 1)
 
 
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(("name", "stages"), [("sd21", 2), ("sd21", 3), ("animatediff", 2), ("sdxl", 2)])
-def test_no_contiguous_or_folded_cut_is_better(name, stages):
+def test_no_contiguous_or_folded_cut_is_better(name, stages, folded):
     """All cuts tried one after another: the slowest share first, then the bytes."""
     graph = graph_of(name)
     flops = [unit.flops for unit in graph.units]
     size, tried = len(flops), []
     for bounds in itertools.combinations(range(size), stages):
+        if bounds[0] and not folded:
+            break
         owner = [stages - 1] * size
         for stage, (start, end) in enumerate(itertools.pairwise(bounds)):
             owner[start:end] = [stage] * (end - start)
         tried.append((slowest(flops, owner), owner))
     limit = min(cost for cost, _ in tried) * (1 + TOLERANCE)
     least = min(stale_bytes(graph, owner) for cost, owner in tried if cost <= limit)
-    found = find_cut(graph, stages)
+    found = find_cut(graph, stages, folded=folded)
     assert slowest(flops, found) <= limit
     assert stale_bytes(graph, found) == least
+    # only the last stage may begin again
+    changes = sum(a != b for a, b in itertools.pairwise(found))
+    assert changes == stages - 1 + (folded and found[0] == stages - 1)
 
 
 def slowest(flops: list[int], owner: list[int]) -> int:

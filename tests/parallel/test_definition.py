@@ -50,7 +50,9 @@ def test_simulation_keeps_to_the_definition(name, kind, stages, stride, warm_up,
     cut = {"original": ORIGINAL.get((name, stages)), "split": split_attentions(stages), "found": None}[kind]
     settings = {"stride": stride, "warm_up": warm_up, "time_shift": time_shift}
     scheduler = ddim()
-    handle = parallelize(denoiser, stages=stages, cut=cut, simulate=True, scheduler=scheduler, **settings)
+    handle = parallelize(
+        denoiser, stages=stages, cut=cut, folded=cut is None, simulate=True, scheduler=scheduler, **settings
+    )
     try:
         found = sampler(denoiser, scheduler, STEPS)
     finally:
@@ -100,7 +102,7 @@ def test_refreshes(stages, stride, warm_up, time_shift, refresh_every, refreshes
 def test_found_cuts_split_attentions_and_fold():
     """The cases above see both in a found cut: a stage with both ends, and an attention of several stages."""
     denoiser, scheduler = denoiser_of("sdxl"), ddim()
-    handle = parallelize(denoiser, stages=5, simulate=True, scheduler=scheduler)
+    handle = parallelize(denoiser, stages=5, folded=True, simulate=True, scheduler=scheduler)
     Sampler("sdxl")(denoiser, scheduler, steps=1)
     handle.remove()
     owners = {name: stage for stage, names in enumerate(handle.cut) for name in names}

@@ -24,7 +24,7 @@ def chain(units):
 
 
 def foreseen(layout, units=8, costs=None, steps=((25, 3),), bandwidth=FAST):
-    return predict(layout, chain(units), costs or [10**7] * units, steps, bandwidth)
+    return predict(layout, chain(units), costs or [10**7] * units, steps, bandwidth, False)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_describe(warm_up, described):
         "compile": "none",
         "balance": "operations",
         "warm_up_mode": "replicated",
+        "folded": False,
         "simulate": False,
         "cut": None,
     }
