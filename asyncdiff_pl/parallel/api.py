@@ -224,9 +224,7 @@ def parallelize(
         assert isinstance(warm_up, int)
         patch_settings = PatchSettings(layout, mode, warm_up, portion, capture)
     elif (mode, portion) != ("full_sync", 1.0):
-        raise ValueError(
-            f"mode {mode} and portion {portion} are for patches, and patches is 1; give 2 or more."
-        )
+        raise ValueError(f"mode {mode} and portion {portion} are for patches, and patches is 1; give 2 or more.")
     check_settings(layout, warm_up, cut, refresh_every)
     check_modes(layout, warm_up, compile, warm_up_mode, simulate)
     denoiser, scheduler_in_use = _denoiser_and_scheduler(pipe, scheduler)
