@@ -110,12 +110,12 @@ class PatchStrategy(GroupStrategy):
 
     @override
     def install(self, module: pl.LightningModule) -> Parallel:
+        # 1 is the reference of other numbers, whatever their mode
+        of_patches = {"mode": self.mode, "portion": self.portion} if self.patches > 1 else {}
         return parallelize(
             module.pipeline,
             patches=self.patches,
-            mode=self.mode,
             warm_up=self.warm_up,
-            portion=self.portion,
             cfg=self.cfg,
             capture=self.capture,
             share_decoding=True,
@@ -123,6 +123,7 @@ class PatchStrategy(GroupStrategy):
             timeout=self.timeout,
             trajectory=module.trajectory,
             groups=self.groups,
+            **of_patches,
         )
 
     @override

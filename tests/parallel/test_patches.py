@@ -318,3 +318,8 @@ def test_masks_of_adapters():
         pytest.raises(ValueError, match="ip_adapter_masks lie over the whole picture"),
     ):
         sample()
+
+
+def test_what_is_for_patches_is_refused_without_them():
+    with pytest.raises(ValueError, match="mode stale_gn and portion 1.0 are for patches, and patches is 1; give 2 or"):
+        parallelize(build("sd21"), stages=2, mode="stale_gn", simulate=True, scheduler=ddim())

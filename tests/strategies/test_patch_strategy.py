@@ -163,7 +163,7 @@ def plain(tiny):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"cfg": 2}, {"mode": "stale_gn", "warm_up": 4}, {"patches": 1, "simulate": False}],
+    [{}, {"cfg": 2}, {"mode": "stale_gn", "warm_up": 4}, {"patches": 1, "mode": "stale_gn", "simulate": False}],
     ids=str,
 )
 def test_exact_modes_make_the_pictures_of_one_gpu(tiny, plain, settings):
