@@ -7,16 +7,15 @@ as soon as it is measured, and draws a plot. Example, on a machine with 4 GPUs:
     torchrun --nproc_per_node 4 scripts/benchmark_denoising.py --models svd sdxl sd21 animatediff \
         --layouts 1 2x1 2x2 4 --compile none blocks --balance measured --csv rows.csv --plot rows.png
 
-A layout is STAGES, STAGESs2 for stride 2, and 2x before it for a guidance batch that is split. One that needs fewer
-ranks than there are runs several times side by side; rank 0 tells of its own. `--tiny` takes tiny models, which a CPU
-can run.
+A layout is STAGES, STAGESs2 for stride 2 or pPATCHES, and 2x before it for a guidance batch that is split. One that
+needs fewer ranks than there are runs several times side by side; rank 0 tells of its own. `--tiny` takes tiny models,
+which a CPU can run.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import os
 import shlex
 import statistics
@@ -24,12 +23,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from benchmark import parse_layout
+from denoising_jobs import Job, parse, plan, short_run, sized
 from denoising_models import FULL, TINY, Denoising
 from denoising_ranks import Clock, RankFailed, World
 from denoising_report import Row, Table, plot, read_rows
@@ -42,51 +41,14 @@ from asyncdiff_pl.processes import die_with_parent
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Job:
-    """One layout in one setting.
-
-    Args:
-        name: The layout as it is asked for.
-        layout: Which that is.
-        compile: What torch compiles.
-        capture: Whether steps are recorded as CUDA graphs.
-        balance: What the cut balances.
-        warm_up_mode: How exact steps are computed.
-    """
-
-    name: str
-    layout: Layout
-    compile: str = "none"
-    capture: bool = False
-    balance: str = "operations"
-    warm_up_mode: str = "replicated"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether this is one rank with plain diffusers."""
-        return self.layout.pipeline_ranks == 1 and self.compile == "none" and not self.capture
-
-    def __str__(self) -> str:
-        parts = [
-            self.name,
-            *([self.compile] if self.compile != "none" else []),
-            *(["captured"] if self.capture else []),
-        ]
-        parts += [self.balance] if self.balance != "operations" else []
-        parts += [self.warm_up_mode] if self.warm_up_mode != "replicated" else []
-        return "plain diffusers" if self.is_plain else ", ".join(parts)
-
-
-PLAIN = Job("1", Layout())
-
-
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
+    options = parse(arguments, __doc__)
     die_with_parent()
     ranks, kinds = int(os.environ.get("WORLD_SIZE", "1")), TINY if options.tiny else FULL
     try:
         jobs = plan(options, ranks)
+        for name in options.models:
+            sized(kinds[name], options.latents)
         for name in options.models if options.whole_pipeline is not None else ():
             if not kinds[name].has_pipeline:
                 raise ValueError(f"There is no whole pipeline of a tiny {name}; leave out --whole-pipeline.")
@@ -114,84 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         _draw(options)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--models", nargs="+", choices=list(FULL), default=list(FULL))
-    parser.add_argument(
-        "--layouts", nargs="+", default=["1"], help="layouts (1); plain diffusers on one rank comes by itself"
-    )
-    parser.add_argument("--compile", nargs="+", choices=("none", "blocks", "full"), default=["none"])
-    parser.add_argument(
-        "--capture",
-        nargs="+",
-        choices=("off", "on"),
-        default=["on" if on_gpu else "off"],
-        help="on where there is a GPU",
-    )
-    parser.add_argument("--balance", nargs="+", choices=("operations", "measured"), default=["operations"])
-    parser.add_argument("--warm-up-mode", nargs="+", choices=("replicated", "relay"), default=["replicated"])
-    parser.add_argument("--warm-up", type=int, default=3, help="exact steps (3)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timed loops of each row, of which the median counts (3)"
-    )
-    parser.add_argument(
-        "--patience", type=float, default=20, help="seconds after which a row is not repeated again (20)"
-    )
-    parser.add_argument(
-        "--whole-pipeline",
-        nargs="*",
-        metavar="LAYOUT",
-        help="also time pipelines from input to pictures: plain diffusers and these layouts (all, if none is named)",
-    )
-    parser.add_argument("--tiny", action="store_true", help="tiny models")
-    parser.add_argument("--seconds", type=float, help="ends the run after so many seconds; rows until then are kept")
-    parser.add_argument("--csv", type=Path, help="a table that rows are added to")
-    parser.add_argument("--plot", type=Path, help="PNG to write; needs --csv and matplotlib")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
-    options = parser.parse_args(arguments)
-    if options.plot is not None and options.csv is None:
-        parser.error("--plot draws the rows of --csv; give that too")
-    return options
-
-
 # -- what is measured -------------------------------------------------------------------------------------------------
-
-
-def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
-    """The rows of one model, one rank first: the others are compared with it.
-
-    Raises:
-        ValueError: The ranks do not fit a layout, or a setting needs a GPU.
-    """
-    captures = [state == "on" for state in options.capture]
-    if any(captures) and options.device == "cpu":
-        raise ValueError("--capture on records CUDA graphs, and there is no GPU; take --capture off.")
-    jobs = [PLAIN]
-    for name in options.layouts:
-        layout = parse_layout(name)
-        layout.over(ranks)
-        settings = itertools.product(options.warm_up_mode, options.compile, captures, options.balance)
-        for warm_up_mode, compile, capture, balance in settings:
-            if layout.stages == 1:
-                balance, warm_up_mode = "operations", "replicated"
-            elif compile == "full":
-                # takes a denoiser that is whole
-                continue
-            jobs.append(Job(name, layout, compile, capture, balance, warm_up_mode))
-    # stable: settings in the order they were given in
-    return list(dict.fromkeys(sorted(jobs, key=lambda job: job.layout.pipeline_ranks > 1)))
-
-
-def short_run(steps: int, warm_up: int) -> int:
-    """Steps of a loop that meets every phase of the schedule that a loop of `steps` meets, and no step more.
-
-    After warm-up there are a fill, two buffers that are read in turn, and a last step; which buffer that reads depends
-    on whether the number of steps is even.
-    """
-    short = warm_up + 5
-    return min(steps, short + (steps - short) % 2)
 
 
 class Bench:
@@ -217,7 +102,7 @@ class Bench:
 
     def measure_model(self, name: str, jobs: Iterable[Job], table: Table) -> None:
         """Measures one model in all settings; a row that fails leaves the others alone."""
-        kind = (TINY if self.options.tiny else FULL)[name]
+        kind = sized((TINY if self.options.tiny else FULL)[name], self.options.latents)
         self._reference = None
         model: Denoising | None = None
         for job in jobs:
@@ -241,15 +126,16 @@ class Bench:
     def _row(self, name: str, job: Job, own_steps: int, found: Row) -> Row:
         layout, options = job.layout, self.options
         row = {
-            "model": f"tiny {name}" if options.tiny else name,
+            "model": f"{'tiny ' * options.tiny}{name}{f' {options.latents}' if options.latents else ''}",
             "layout": job.name,
             "setting": str(job),
             "gpus": layout.pipeline_ranks,
             "stages": layout.stages,
             "stride": layout.stride,
+            "patches": layout.patches,
             "cfg": layout.cfg,
             "steps": options.steps or own_steps,
-            "warm_up": options.warm_up if layout.stages > 1 else None,
+            "warm_up": options.warm_up if job.is_asynchronous else None,
             "compile": job.compile,
             "capture": "on" if job.capture else "off",
             "balance": job.balance if layout.stages > 1 else None,
@@ -274,17 +160,21 @@ class Bench:
             world.synchronize()
             setup = time.perf_counter() - started
             runs, latents = self._timed(model, handle, steps)
-            exact = handle.exact_steps if handle and job.layout.stages > 1 else steps
+            exact = handle.exact_steps if handle and job.is_asynchronous else steps
             row = figures(runs, exact, job.layout.stride)
             row |= {"setup_s": setup, "loop_s": statistics.median(run.seconds for run in runs)}
             own = {"peak_gib": world.peak(), "slowest_ms": row.pop("last_ms", None)}
             own["exposed_ms"] = getattr(handle, "exposed_ms", None)
-            ranks = world.gather(own)[: job.layout.pipeline_ranks]
+            sent = {"sent_mib": handle.bytes_per_step / MIB if handle else 0.0}
+            ranks = world.gather(own | sent)[: job.layout.pipeline_ranks]
             row |= {name: _most(rank[name] for rank in ranks) for name in own}
-            if row["exposed_ms"] is None and row["slowest_ms"] is not None:
-                row["exposed_ms"] = row["asynchronous_step_ms"] - row["slowest_ms"]
             if handle is not None:
                 row |= _describe(handle, job.layout)
+            if job.layout.patches > 1:
+                # each rank knows what it sends itself
+                row["mib_per_step"] = sum(rank["sent_mib"] for rank in ranks)
+            if row["exposed_ms"] is None and row["slowest_ms"] is not None:
+                row["exposed_ms"] = row["asynchronous_step_ms"] - row["slowest_ms"]
             if job.is_plain:
                 self._reference = latents
             if self._reference is not None:
@@ -304,17 +194,18 @@ class Bench:
                 # communicators are dear: each layout's are made once
                 self._groups[layout] = Groups.build(layout.over(self.world.size))
             groups = self._groups[layout]
-        return model.install(
-            groups,
-            stages=layout.stages,
-            stride=layout.stride,
-            cfg=layout.cfg,
-            warm_up=self.options.warm_up,
-            compile=job.compile,
-            capture=job.capture,
-            balance=job.balance,
-            warm_up_mode=job.warm_up_mode,
-        )
+        if layout.patches > 1:
+            settings: dict[str, Any] = {"patches": layout.patches, "mode": job.mode, "portion": job.portion}
+        else:
+            settings = {
+                "stages": layout.stages,
+                "stride": layout.stride,
+                "compile": job.compile,
+                "balance": job.balance,
+                "warm_up_mode": job.warm_up_mode,
+                "folded": job.folded,
+            }
+        return model.install(groups, cfg=layout.cfg, warm_up=self.options.warm_up, capture=job.capture, **settings)
 
     def _timed(self, model: Denoising, handle: Parallel | None, steps: int) -> tuple[list[Run], torch.Tensor]:
         """Timed loops, and the latents of the last one; one in which a graph was recorded is run again."""

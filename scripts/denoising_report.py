@@ -18,7 +18,7 @@ Row = dict[str, Any]
 """Figures of one layout in one setting by the names of `COLUMNS`; None and what is missing were not measured."""
 
 COLUMNS = (
-    *("model", "layout", "setting", "gpus", "stages", "stride", "cfg", "steps", "warm_up"),
+    *("model", "layout", "setting", "gpus", "stages", "stride", "patches", "cfg", "steps", "warm_up"),
     *("compile", "capture", "balance", "warm_up_mode", "is_plain"),
     *("loop_s", "over_eager", "over_compiled", "pipeline_s", "pipeline_share_of_eager"),
     *("exact_steps", "exact_step_ms", "asynchronous_step_ms", "of_ideal", "glue_ms", "host_ms"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import benchmark_denoising
 import pytest
 import torch
-from benchmark_denoising import PLAIN, Job, parse, plan, short_run
+from denoising_jobs import PLAIN, Job, parse, plan, short_run, sized
 from denoising_models import FULL, TINY, Denoising
 from denoising_ranks import Clock
 from denoising_report import COLUMNS, Table, compare, line, newest, plot, read_rows
@@ -61,11 +61,34 @@ def test_one_rank_comes_first_and_settings_that_mean_nothing_are_left_out():
     ]
 
 
+def test_patches_come_in_their_modes():
+    options = ["--layouts", "2xp2", "p4", "2", "--compile", "none", "blocks", "--device", "cpu"]
+    options += ["--patch-mode", "full_sync", "stale_gn:0.3", "--folded", "no", "yes"]
+    many, four = Layout(cfg=2, patches=2), Layout(patches=4)
+    assert plan(parse(options), 4) == [
+        PLAIN,
+        *(Job("2xp2", many, mode=mode, portion=portion) for mode, portion in (("full_sync", 1), ("stale_gn", 0.3))),
+        *(Job("p4", four, mode=mode, portion=portion) for mode, portion in (("full_sync", 1), ("stale_gn", 0.3))),
+        *(Job("2", Layout(2), compile, folded=folded) for compile in ("none", "blocks") for folded in (False, True)),
+    ]
+
+
+def test_other_sizes():
+    large = sized(FULL["sdxl"], "256x192")
+    assert large.latents == (4, 256, 192)
+    assert (large.settings["height"], large.settings["width"]) == (2048, 1536)
+    assert sized(FULL["svd"], None) is FULL["svd"]
+    with pytest.raises(ValueError, match="--latents is 256; give ROWSxCOLUMNS"):
+        sized(FULL["sdxl"], "256")
+
+
 @pytest.mark.parametrize(
     ("options", "ranks", "said"),
     [
         (["--layouts", "3"], 4, "does not fit 4 ranks"),
         (["--layouts", "n2"], 4, "There is no layout n2"),
+        (["--layouts", "p2", "--patch-mode", "syn_gn"], 4, "mode is syn_gn; give one of full_sync"),
+        (["--layouts", "p2", "--patch-mode", "stale_gn:x"], 4, "stale_gn:x has a portion that is no number"),
         (["--capture", "on", "--device", "cpu"], 1, "there is no GPU; take --capture off"),
     ],
 )

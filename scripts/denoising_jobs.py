@@ -1,0 +1,204 @@
+"""What scripts/benchmark_denoising.py is asked to measure: its options, and the rows that they come to."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import parse_layout
+from denoising_models import FULL, Kind
+
+from asyncdiff_pl.parallel import Layout
+from asyncdiff_pl.parallel.patches.settings import PatchSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layout in one setting.
+
+    Args:
+        name: The layout as it is asked for.
+        layout: Which that is.
+        compile: What torch compiles.
+        capture: Whether steps are recorded as CUDA graphs.
+        balance: What the cut balances.
+        warm_up_mode: How exact steps are computed.
+        folded: Whether a found cut's last stage may own both ends of the denoiser.
+        mode: What patches see of one another after warm-up.
+        portion: Share of the neighbours' rows that they see.
+    """
+
+    name: str
+    layout: Layout
+    compile: str = "none"
+    capture: bool = False
+    balance: str = "operations"
+    warm_up_mode: str = "replicated"
+    folded: bool = False
+    mode: str = "full_sync"
+    portion: float = 1.0
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether steps after warm-up use what is a step old."""
+        return self.layout.stages > 1 or (self.layout.patches > 1 and self.mode != "full_sync")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is one rank with plain diffusers."""
+        return self.layout.pipeline_ranks == 1 and self.compile == "none" and not self.capture
+
+    def __str__(self) -> str:
+        parts = [
+            self.name,
+            *([self.compile] if self.compile != "none" else []),
+            *(["captured"] if self.capture else []),
+        ]
+        parts += [self.balance] if self.balance != "operations" else []
+        parts += [self.warm_up_mode] if self.warm_up_mode != "replicated" else []
+        parts += ["folded"] if self.folded else []
+        parts += [self.mode] if self.layout.patches > 1 else []
+        parts += [f"portion {self.portion:g}"] if self.portion != 1 else []
+        return "plain diffusers" if self.is_plain else ", ".join(parts)
+
+
+PLAIN = Job("1", Layout())
+
+
+def parse(arguments: list[str] | None, description: str | None = None) -> argparse.Namespace:
+    """The command's options.
+
+    Args:
+        arguments: What follows the command; None takes the process's own.
+        description: What `--help` begins with.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", choices=list(FULL), default=list(FULL))
+    parser.add_argument(
+        "--layouts", nargs="+", default=["1"], help="layouts (1); plain diffusers on one rank comes by itself"
+    )
+    parser.add_argument("--compile", nargs="+", choices=("none", "blocks", "full"), default=["none"])
+    parser.add_argument(
+        "--capture",
+        nargs="+",
+        choices=("off", "on"),
+        default=["on" if on_gpu else "off"],
+        help="on where there is a GPU",
+    )
+    parser.add_argument("--balance", nargs="+", choices=("operations", "measured"), default=["operations"])
+    parser.add_argument("--warm-up-mode", nargs="+", choices=("replicated", "relay"), default=["replicated"])
+    parser.add_argument(
+        "--folded",
+        nargs="+",
+        choices=("no", "yes"),
+        default=["no"],
+        help="whether a stage may own both ends of the denoiser (no)",
+    )
+    parser.add_argument(
+        "--patch-mode",
+        nargs="+",
+        default=["full_sync"],
+        metavar="MODE[:PORTION]",
+        help="what patches see of one another, such as corrected_async_gn:0.3 (full_sync)",
+    )
+    parser.add_argument("--warm-up", type=int, default=3, help="exact steps (3)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    parser.add_argument(
+        "--latents",
+        metavar="ROWSxCOLUMNS",
+        help="size of the latents, an eighth of the picture's (default: the model's own)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed loops of each row, of which the median counts (3)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=20, help="seconds after which a row is not repeated again (20)"
+    )
+    parser.add_argument(
+        "--whole-pipeline",
+        nargs="*",
+        metavar="LAYOUT",
+        help="also time pipelines from input to pictures: plain diffusers and these layouts (all, if none is named)",
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny models")
+    parser.add_argument("--seconds", type=float, help="ends the run after so many seconds; rows until then are kept")
+    parser.add_argument("--csv", type=Path, help="a table that rows are added to")
+    parser.add_argument("--plot", type=Path, help="PNG to write; needs --csv and matplotlib")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
+    options = parser.parse_args(arguments)
+    if options.plot is not None and options.csv is None:
+        parser.error("--plot draws the rows of --csv; give that too")
+    return options
+
+
+def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
+    """The rows of one model, one rank first: the others are compared with it.
+
+    Raises:
+        ValueError: The ranks do not fit a layout, or a setting needs a GPU.
+    """
+    captures = [state == "on" for state in options.capture]
+    if any(captures) and options.device == "cpu":
+        raise ValueError("--capture on records CUDA graphs, and there is no GPU; take --capture off.")
+    jobs = [PLAIN]
+    for name in options.layouts:
+        layout = parse_layout(name)
+        layout.over(ranks)
+        if layout.patches > 1:
+            modes = [PatchSettings(layout, *_mode_and_portion(text)) for text in options.patch_mode]
+            # hooks in each layer leave nothing to compile
+            each = itertools.product(modes, captures)
+            jobs += [Job(name, layout, "none", capture, mode=m.mode, portion=m.portion) for m, capture in each]
+            continue
+        folds = [state == "yes" for state in options.folded]
+        settings = itertools.product(options.warm_up_mode, options.compile, captures, options.balance, folds)
+        for warm_up_mode, compile, capture, balance, folded in settings:
+            if layout.stages == 1:
+                balance, warm_up_mode, folded = "operations", "replicated", False
+            elif compile == "full":
+                # takes a denoiser that is whole
+                continue
+            jobs.append(Job(name, layout, compile, capture, balance, warm_up_mode, folded))
+    # stable: settings in the order they were given in
+    return list(dict.fromkeys(sorted(jobs, key=lambda job: job.layout.pipeline_ranks > 1)))
+
+
+def _mode_and_portion(text: str) -> tuple[Any, int, float]:
+    """Arguments of `PatchSettings` for MODE or MODE:PORTION; warm-up is checked with them elsewhere."""
+    mode, _, portion = text.partition(":")
+    try:
+        return mode, 1, float(portion or 1)
+    except ValueError:
+        raise ValueError(f"--patch-mode {text} has a portion that is no number; give MODE:0.3, say.") from None
+
+
+def sized(kind: Kind, latents: str | None) -> Kind:
+    """A model with latents of another size.
+
+    Raises:
+        ValueError: That is no size.
+    """
+    if latents is None:
+        return kind
+    found = re.fullmatch(r"(\d+)x(\d+)", latents)
+    if found is None:
+        raise ValueError(f"--latents is {latents}; give ROWSxCOLUMNS, such as 128x128.")
+    rows, columns = map(int, found.groups())
+    size = {"height": 8 * rows, "width": 8 * columns}
+    return replace(kind, latents=(*kind.latents[:-2], rows, columns), changes={**kind.changes, **size})
+
+
+def short_run(steps: int, warm_up: int) -> int:
+    """Steps of a loop that meets every phase of the schedule that a loop of `steps` meets, and no step more.
+
+    After warm-up there are a fill, two buffers that are read in turn, and a last step; which buffer that reads depends
+    on whether the number of steps is even.
+    """
+    short = warm_up + 5
+    return min(steps, short + (steps - short) % 2)
