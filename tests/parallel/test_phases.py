@@ -9,8 +9,7 @@ from denoisers import NAMES, Sampler, build, ddim
 from fake_graph import FakeRecorder, captured
 from tiny_pipelines import Sample
 
-from asyncdiff_pl.parallel import WarmUp, parallelize
-from asyncdiff_pl.parallel.stages import recordings
+from asyncdiff_pl.parallel import WarmUp, parallelize, recordings
 
 pytestmark = [
     # schedulers in NumPy
