@@ -84,6 +84,8 @@ class Table:
     def add(self, row: Row) -> None:
         """Adds a row; those of one GPU come first."""
         row = row | compare(row, self.rows)
+        # as the file has it, so that both round the same number
+        row = {name: float(_cell(value)) if isinstance(value, float) else value for name, value in row.items()}
         if not self.rows:
             print(header(), flush=True)
         self.rows.append(row)
