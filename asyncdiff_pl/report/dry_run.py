@@ -16,7 +16,7 @@ from asyncdiff_pl.callbacks.sample_table import key_of, read_table
 from asyncdiff_pl.models.loading import find_folder, read_json
 from asyncdiff_pl.models.schedulers import build_scheduler, find_scheduler
 from asyncdiff_pl.parallel.guidance import find_latents, split_batch
-from asyncdiff_pl.parallel.patches.rows import ROWS, shares
+from asyncdiff_pl.parallel.patches.rows import ROWS, row_unit, shares
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
 from asyncdiff_pl.parallel.stages.stopwatch import denoising_rate
@@ -142,7 +142,7 @@ def _cost(strategy: Any, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     patches = getattr(strategy, "patches", 1)
     if patches > 1:
         rows = find_latents(twin.forward, args, kwargs).shape[ROWS]
-        each = shares(rows, patches, 2 ** (len(twin.down_blocks) - 1))
+        each = shares(rows, patches, row_unit(twin))
         text = f"patches of {', '.join(map(str, each))} of the latents' {rows} rows"
         return Cost(total, tuple(own / rows for own in each), text)
     stages = getattr(strategy, "stages", 1)

@@ -14,7 +14,7 @@ from typing_extensions import override
 from asyncdiff_pl.parallel import Layout, Parallel, parallelize
 from asyncdiff_pl.parallel.guidance import find_latents
 from asyncdiff_pl.parallel.patches.pipeline import KINDS
-from asyncdiff_pl.parallel.patches.rows import ROWS, shares
+from asyncdiff_pl.parallel.patches.rows import ROWS, row_unit, shares
 from asyncdiff_pl.parallel.patches.settings import PatchMode, PatchSettings
 from asyncdiff_pl.strategies.base import FEW_STEPS, GroupStrategy, either
 
@@ -85,7 +85,7 @@ class PatchStrategy(GroupStrategy):
                 f"the denoiser of {module.pretrained} is a {type(denoiser).__name__}: take AsyncDiffStrategy."
             )
         rows = find_latents(denoiser.forward, args, kwargs).shape[ROWS]
-        shares(rows, self.patches, 2 ** (len(denoiser.down_blocks) - 1))
+        shares(rows, self.patches, row_unit(denoiser))
 
     @override
     def advice(self, module: pl.LightningModule) -> str | None:

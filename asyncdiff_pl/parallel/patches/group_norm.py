@@ -8,6 +8,7 @@ Source: DistriFusion (arXiv 2402.19481), section 4, "corrected asynchronous Grou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -67,12 +68,18 @@ def combine(parts: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tens
         weights: Rows of each.
     """
     each = torch.stack(list(parts))
-    share = torch.tensor([weight / sum(weights) for weight in weights], dtype=each.dtype).to(each.device)
-    share = share.view(-1, 1, 1)
+    share = _shares(tuple(weights), each.dtype, each.device)
     mean = (share * each[:, 0]).sum(0)
     # about the common mean: a difference of squares would lose what is small beside it
     variance = (share * (each[:, 1] + (each[:, 0] - mean).square())).sum(0)
     return torch.stack([mean, variance])
+
+
+@functools.cache
+def _shares(weights: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What each weight is of all of them, [patches, 1, 1]; uploaded once, since that makes a GPU wait."""
+    with torch.inference_mode(False):
+        return torch.tensor([weight / sum(weights) for weight in weights], dtype=dtype).to(device).view(-1, 1, 1)
 
 
 def _moments_to_use(name: str, own: list[torch.Tensor], sizes: Sequence[int], step: PatchStep) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import Halves, find_latents, join_halves
 from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
 from asyncdiff_pl.parallel.patches.layers import PatchLayers
-from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, shares
+from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, row_unit, shares
 from asyncdiff_pl.parallel.patches.settings import PatchSettings, Source
 from asyncdiff_pl.parallel.patches.step import PatchStep
 from asyncdiff_pl.parallel.patches.traffic import LocalSwap, RankSwap, Traffic
@@ -126,7 +126,7 @@ class PatchPipeline(TrajectoryListener):
         self._signature = inspect.signature(denoiser.forward)
         self.recordings = Recordings(denoiser, self._forward, exchange, settings.capture)
         self._halves = Halves(self._forward, layout.cfg)
-        self._unit = 2 ** (len(denoiser.down_blocks) - 1)
+        self._unit = row_unit(denoiser)
         self._streams: dict[int, _Stream] = {}
         self._last_exact: int | None = None
         self._layers = PatchLayers(denoiser)

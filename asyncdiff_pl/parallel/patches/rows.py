@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 ROWS = -2
 """Dimension of the rows in latents and in the hidden states of convolutions: [..., rows, columns]."""
+
+
+def row_unit(denoiser: nn.Module) -> int:
+    """What the rows of each patch are a multiple of: a UNet halves them between its levels."""
+    return 2 ** (len(denoiser.down_blocks) - 1)
 
 
 def shares(rows: int, patches: int, unit: int) -> tuple[int, ...]:
