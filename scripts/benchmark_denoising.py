@@ -7,9 +7,9 @@ as soon as it is measured, and draws a plot. Example, on a machine with 4 GPUs:
     torchrun --nproc_per_node 4 scripts/benchmark_denoising.py --models svd sdxl sd21 animatediff \
         --layouts 1 2x1 2x2 4 --compile none blocks --balance measured --csv rows.csv --plot rows.png
 
-A layout is STAGES, STAGESs2 for stride 2 or pPATCHES, and 2x before it for a guidance batch that is split. One that
-needs fewer ranks than there are runs several times side by side; rank 0 tells of its own. `--tiny` takes tiny models,
-which a CPU can run.
+A layout is STAGES, STAGESs2 for stride 2, pPATCHES or, for tensor parallelism, which is here to be compared with,
+tRANKS; and 2x before it for a guidance batch that is split. One that needs fewer ranks than there are runs several
+times side by side; rank 0 tells of its own. `--tiny` takes tiny models, which a CPU can run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from denoising_jobs import Job, parse, plan, short_run, sized
 from denoising_models import FULL, TINY, Denoising
 from denoising_ranks import Clock, RankFailed, World
 from denoising_report import Row, Table, plot, read_rows
+from denoising_tensor_parallel import TensorParallel, tensor_mesh
 from denoising_times import Marks, Run, figures, relative_deviation
+from torch.distributed.device_mesh import DeviceMesh
 
 from asyncdiff_pl.callbacks.device_stats import device_name
 from asyncdiff_pl.parallel import Groups, Layout, Parallel
@@ -91,6 +93,7 @@ class Bench:
         self.world, self.options = world, options
         self.dtype = torch.float16 if world.device.type == "cuda" else torch.float32
         self._groups: dict[Layout, Groups] = {}
+        self._meshes: dict[tuple[int, int], DeviceMesh] = {}
         self._reference: torch.Tensor | None = None
         name = device_name(world.device)
         self._about = {
@@ -129,10 +132,11 @@ class Bench:
             "model": f"{'tiny ' * options.tiny}{name}{f' {options.latents}' if options.latents else ''}",
             "layout": job.name,
             "setting": str(job),
-            "gpus": layout.pipeline_ranks,
+            "gpus": job.ranks,
             "stages": layout.stages,
             "stride": layout.stride,
             "patches": layout.patches,
+            "tensor": job.tensor,
             "cfg": layout.cfg,
             "steps": options.steps or own_steps,
             "warm_up": options.warm_up if job.is_asynchronous else None,
@@ -148,12 +152,13 @@ class Bench:
         """Runs one row; every rank gets the figures of rank 0's pipeline."""
         options, world = self.options, self.world
         steps = options.steps or model.kind.steps
-        # a rank in relay never holds the weights of the others
-        model.denoiser.to("cpu" if job.warm_up_mode == "relay" else world.device)
+        # a rank in relay, or with a share of each layer, never holds the weights of the others
+        model.denoiser.to("cpu" if job.warm_up_mode == "relay" or job.tensor > 1 else world.device)
         self._empty()
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
+        shards = self._split(model, job) if job.tensor > 1 else None
         handle = None if job.is_plain else self._install(model, job)
         try:
             model.loop(short_run(steps, options.warm_up))
@@ -165,12 +170,15 @@ class Bench:
             row |= {"setup_s": setup, "loop_s": statistics.median(run.seconds for run in runs)}
             own = {"peak_gib": world.peak(), "slowest_ms": row.pop("last_ms", None)}
             own["exposed_ms"] = getattr(handle, "exposed_ms", None)
-            sent = {"sent_mib": handle.bytes_per_step / MIB if handle else 0.0}
-            ranks = world.gather(own | sent)[: job.layout.pipeline_ranks]
+            sender = shards or handle
+            sent = {"sent_mib": sender.bytes_per_step / MIB if sender else 0.0}
+            ranks = world.gather(own | sent)[: job.ranks]
             row |= {name: _most(rank[name] for rank in ranks) for name in own}
             if handle is not None:
                 row |= _describe(handle, job.layout)
-            if job.layout.patches > 1:
+            if shards is not None:
+                row["split_share"] = shards.share
+            if job.layout.patches > 1 or shards is not None:
                 # each rank knows what it sends itself
                 row["mib_per_step"] = sum(rank["sent_mib"] for rank in ranks)
             if row["exposed_ms"] is None and row["slowest_ms"] is not None:
@@ -186,6 +194,17 @@ class Bench:
         finally:
             if handle is not None:
                 handle.remove()
+            if shards is not None:
+                shards.remove()
+
+    def _split(self, model: Denoising, job: Job) -> TensorParallel:
+        axes = job.tensor, job.layout.cfg
+        if axes not in self._meshes:
+            self._meshes[axes] = tensor_mesh(self.world.device, *axes)
+        shards = TensorParallel(model.denoiser, self._meshes[axes])
+        # what stays whole
+        model.denoiser.to(self.world.device)
+        return shards
 
     def _install(self, model: Denoising, job: Job) -> Parallel:
         layout, groups = job.layout, None

@@ -31,6 +31,7 @@ class Job:
         folded: Whether a found cut's last stage may own both ends of the denoiser.
         mode: What patches see of one another after warm-up.
         portion: Share of the neighbours' rows that they see.
+        tensor: Ranks that share each layer, for each rank of the layout.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Job:
     folded: bool = False
     mode: str = "full_sync"
     portion: float = 1.0
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that work on one sample."""
+        return self.layout.pipeline_ranks * self.tensor
 
     @property
     def is_asynchronous(self) -> bool:
@@ -51,7 +58,7 @@ class Job:
     @property
     def is_plain(self) -> bool:
         """Whether this is one rank with plain diffusers."""
-        return self.layout.pipeline_ranks == 1 and self.compile == "none" and not self.capture
+        return self.ranks == 1 and self.compile == "none" and not self.capture
 
     def __str__(self) -> str:
         parts = [
@@ -68,6 +75,8 @@ class Job:
 
 
 PLAIN = Job("1", Layout())
+TENSOR = re.compile(r"(?:(\d)x)?t([2-9]|[1-9]\d+)")
+"""Layouts in which ranks share each layer: `t4`, and `2xt2` with a guidance batch that is split."""
 
 
 def parse(arguments: list[str] | None, description: str | None = None) -> argparse.Namespace:
@@ -148,6 +157,11 @@ def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
         raise ValueError("--capture on records CUDA graphs, and there is no GPU; take --capture off.")
     jobs = [PLAIN]
     for name in options.layouts:
+        found = TENSOR.fullmatch(name)
+        if found is not None:
+            cfg, tensor = (int(number or 1) for number in found.groups())
+            jobs += _tensor_jobs(Job(name, Layout(cfg=cfg), tensor=tensor), options.compile, captures, ranks)
+            continue
         layout = parse_layout(name)
         layout.over(ranks)
         if layout.patches > 1:
@@ -166,7 +180,22 @@ def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
                 continue
             jobs.append(Job(name, layout, compile, capture, balance, warm_up_mode, folded))
     # stable: settings in the order they were given in
-    return list(dict.fromkeys(sorted(jobs, key=lambda job: job.layout.pipeline_ranks > 1)))
+    return list(dict.fromkeys(sorted(jobs, key=lambda job: job.ranks > 1)))
+
+
+def _tensor_jobs(job: Job, compiles: list[str], captures: list[bool], ranks: int) -> list[Job]:
+    """The rows of a layout in which ranks share each layer."""
+    if ranks % job.ranks:
+        raise ValueError(
+            f"{job.name} takes cfg {job.layout.cfg} x tensor {job.tensor} = {job.ranks} ranks, which does not fit "
+            f"{ranks}: start a multiple of {job.ranks}, or change the layout."
+        )
+    if "none" not in compiles:
+        raise ValueError(
+            f"{job.name} splits layers by torch's hooks, which are not compiled here, and --compile is "
+            f"{' '.join(compiles)}: add none to it, or leave {job.name} out."
+        )
+    return [replace(job, capture=capture) for capture in captures]
 
 
 def _mode_and_portion(text: str) -> tuple[Any, int, float]:

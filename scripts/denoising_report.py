@@ -18,11 +18,11 @@ Row = dict[str, Any]
 """Figures of one layout in one setting by the names of `COLUMNS`; None and what is missing were not measured."""
 
 COLUMNS = (
-    *("model", "layout", "setting", "gpus", "stages", "stride", "patches", "cfg", "steps", "warm_up"),
+    *("model", "layout", "setting", "gpus", "stages", "stride", "patches", "tensor", "cfg", "steps", "warm_up"),
     *("compile", "capture", "balance", "warm_up_mode", "is_plain"),
     *("loop_s", "over_eager", "over_compiled", "pipeline_s", "pipeline_share_of_eager"),
     *("exact_steps", "exact_step_ms", "asynchronous_step_ms", "of_ideal", "glue_ms", "host_ms"),
-    *("slowest_share", "fastest_share", "slowest_ms", "exposed_ms", "mib_per_step"),
+    *("slowest_share", "fastest_share", "slowest_ms", "exposed_ms", "mib_per_step", "split_share"),
     *("peak_gib", "peak_of_eager", "deviation", "timed_loops", "setup_s", "row_s"),
     *("graphs", "refusal", "cut", "failure", "machine", "torch", "diffusers", "command"),
 )
@@ -34,8 +34,9 @@ step after warm-up over that of one GPU in the same setting, divided by the numb
 `glue_ms` is what a step does outside of the denoiser, `host_ms` what the CPU spends on it: where that is the whole
 step, launches set the pace. `..._share` are shares of the denoiser's measured cost that the slowest and the fastest
 stage have, `slowest_ms` is what the slowest computes in a step, taken from the last step, which sends nothing, and
-`exposed_ms` what messages add to it. `deviation` is that of the latents from one GPU's, relative; with random weights
-it tells rounding from staleness, not how good a picture is.
+`exposed_ms` what messages add to it. `split_share` is the share of the weights that is in layers that tensor
+parallelism splits. `deviation` is that of the latents from one GPU's, relative; with random weights it tells rounding
+from staleness, not how good a picture is.
 """
 
 SHOWN = {
@@ -55,6 +56,7 @@ SHOWN = {
     "glue, ms": "glue_ms",
     "CPU, ms": "host_ms",
     "MiB a step": "mib_per_step",
+    "weights split": "split_share",
     "peak, GiB": "peak_gib",
     "deviation": "deviation",
     "whole pipeline, s": "pipeline_s",
