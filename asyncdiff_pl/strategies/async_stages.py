@@ -14,8 +14,8 @@ from typing_extensions import override
 from asyncdiff_pl.parallel import Layout, Parallel, WarmUp, parallelize
 from asyncdiff_pl.parallel.api import check_modes, check_settings, denoiser_of
 from asyncdiff_pl.parallel.search import name_of
-from asyncdiff_pl.parallel.stages.placement import left_behind
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
+from asyncdiff_pl.parallel.weights import left_behind
 from asyncdiff_pl.strategies.base import FEW_STEPS, GroupStrategy, either, picture_size
 from asyncdiff_pl.strategies.layout_choice import Choice, choose_layout, kept_layout, possible_layouts
 

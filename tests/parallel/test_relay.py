@@ -12,11 +12,12 @@ from diffusers import UNet2DConditionModel
 
 from asyncdiff_pl.parallel import Layout
 from asyncdiff_pl.parallel.fingerprint import fingerprint
-from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
+from asyncdiff_pl.parallel.stages.placement import Placement
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.relay import RelayWorker, check_formats, relay_order
 from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import Worker
+from asyncdiff_pl.parallel.weights import device_of_rank
 
 CPU, META, GPU = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 3)
 

@@ -24,7 +24,7 @@ from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import Stream
 from asyncdiff_pl.parallel.stages.costs import agreed_costs
-from asyncdiff_pl.parallel.stages.placement import Placement, device_of_rank
+from asyncdiff_pl.parallel.stages.placement import Placement
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.relay import traced_likes
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
@@ -36,6 +36,7 @@ from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 from asyncdiff_pl.parallel.warm_up import Span, WarmUp, is_still, noise_levels, span_of
+from asyncdiff_pl.parallel.weights import device_of_rank
 
 
 class StagePipeline(TrajectoryListener):
