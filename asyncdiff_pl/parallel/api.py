@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import nn
 
 from asyncdiff_pl.parallel.agreement import Agreement
+from asyncdiff_pl.parallel.encoders import SharedEncoding
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.hooks import is_installed
 from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.patches.pipeline import PatchPipeline
 from asyncdiff_pl.parallel.patches.settings import PatchMode, PatchSettings
-from asyncdiff_pl.parallel.sharing import SharedDecoding, can_share
+from asyncdiff_pl.parallel.sharing import SharedFrames, SharedPictures, shared_decoding
 from asyncdiff_pl.parallel.stages.costs import UnitCost
 from asyncdiff_pl.parallel.stages.cut import cut_hash
 from asyncdiff_pl.parallel.stages.pipeline import StagePipeline
@@ -37,7 +38,7 @@ class Parallel:
         trajectory: Where the pipeline stands.
         host_side: What keeps the CPU ahead of the GPU; None where the trajectory's owner did that.
         layout: The layout in use.
-        decoding: Decodes videos on all ranks; None where each rank does alone.
+        sharing: Decoding and encoding that the ranks share out.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class Parallel:
         trajectory: Trajectory,
         host_side: HostSide | None,
         layout: Layout,
-        decoding: SharedDecoding | None = None,
+        sharing: Sequence[SharedFrames | SharedPictures | SharedEncoding] = (),
     ) -> None:
         self._pipeline = pipeline
         self._agreement = agreement
         self._trajectory = trajectory
         self._host_side = host_side
-        self._decoding = decoding
+        self._sharing = sharing
         self.layout = layout
         self._is_removed = False
 
@@ -127,8 +128,8 @@ class Parallel:
         if self._agreement:
             self._agreement.remove()
             self._agreement.exchange.close()
-        if self._decoding:
-            self._decoding.remove()
+        for shared in self._sharing:
+            shared.remove()
         if self._host_side:
             # whoever gave the trajectory keeps it
             self._host_side.remove()
@@ -154,6 +155,7 @@ def parallelize(
     warm_up_mode: WarmUpMode = "replicated",
     folded: bool = False,
     share_decoding: bool = False,
+    share_encoding: bool = False,
     simulate: bool = False,
     scheduler: Any = None,
     timeout: timedelta | None = None,
@@ -194,8 +196,12 @@ def parallelize(
         folded: Whether a found cut's last stage may own both ends of the denoiser: a UNet's large outer skip
             connections then stay at home, for slow links, and what the stages see is a step older.
         share_decoding: Whether the ranks share out the decoding of a video's frames, in chunks of `decode_chunk_size`
-            (Stable Video Diffusion, AnimateDiff); then all of them must call `pipe.decode_latents`, where it is called
-            outside of the pipeline.
+            (Stable Video Diffusion, AnimateDiff), and that of a batch's pictures, which then are decoded one by one,
+            whatever the number of ranks. All ranks must call `pipe.decode_latents` and `pipe.vae.decode`, where these
+            are called outside of the pipeline.
+        share_encoding: Whether each text and image encoder is run by one rank, which alone holds its weights, and sends
+            what comes out to the others: less memory on each rank, in the same time. All ranks must call the encoders,
+            where these are called outside of the pipeline.
         simulate: Plays all ranks in this process, to see a layout's quality without its speed.
         scheduler: The scheduler that steps the latents, for a bare denoiser.
         timeout: How long to wait for another rank's message; None leaves it to the process group.
@@ -271,11 +277,14 @@ def parallelize(
         pipeline = StagePipeline(denoiser, trajectory, settings, exchange, coordinates)
     if pipeline and exchange:
         agreement = Agreement(denoiser, trajectory, exchange, lambda: pipeline.turns_asynchronous)
-    decoding = None
-    if exchange and share_decoding and can_share(pipe):
-        half, rank = coordinates
-        decoding = SharedDecoding(pipe, exchange, half * layout.ranks_per_half + rank, layout.pipeline_ranks)
-    return Parallel(pipeline, agreement, trajectory, host_side, layout, decoding)
+    half, within = coordinates
+    rank, num_ranks = half * layout.ranks_per_half + within, layout.pipeline_ranks if exchange else 1
+    sharing: list[SharedFrames | SharedPictures | SharedEncoding] = []
+    if share_decoding:
+        sharing += shared_decoding(pipe, exchange, rank, num_ranks)
+    if share_encoding and exchange:
+        sharing.append(SharedEncoding(pipe, exchange, rank, num_ranks))
+    return Parallel(pipeline, agreement, trajectory, host_side, layout, sharing)
 
 
 def check_settings(

@@ -10,7 +10,7 @@ from tiny_pipelines import Sample
 from asyncdiff_pl.data import sample as data
 from asyncdiff_pl.models import VideoPredictor
 from asyncdiff_pl.parallel import Groups, Layout, parallelize
-from asyncdiff_pl.parallel.sharing import can_share
+from asyncdiff_pl.parallel.sharing import decodes_frames
 from asyncdiff_pl.strategies import AsyncDiffStrategy
 
 SIZE = 8
@@ -119,7 +119,7 @@ def test_ranks_without_a_chunk_get_all_frames(small_svd):
 
 
 def test_only_chunks_of_frames_are_shared(small_svd):
-    assert can_share(load(small_svd))
-    assert can_share(Sample("animatediff").pipe)
-    assert not can_share(Sample("sd15").pipe)
-    assert not can_share(Sample("flux").denoiser)
+    assert decodes_frames(load(small_svd))
+    assert decodes_frames(Sample("animatediff").pipe)
+    assert not decodes_frames(Sample("sd15").pipe)
+    assert not decodes_frames(Sample("flux").denoiser)
