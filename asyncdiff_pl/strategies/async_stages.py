@@ -9,13 +9,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Layout, Parallel, WarmUp, parallelize
 from asyncdiff_pl.parallel.api import check_modes, check_settings, denoiser_of
 from asyncdiff_pl.parallel.search import name_of
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
-from asyncdiff_pl.parallel.weights import left_behind
 from asyncdiff_pl.strategies.base import FEW_STEPS, GroupStrategy, either, picture_size
 from asyncdiff_pl.strategies.layout_choice import Choice, choose_layout, kept_layout, possible_layouts
 
@@ -51,6 +51,8 @@ class AsyncDiffStrategy(GroupStrategy):
             connections then stay at home, which suits slow links, and what the stages see is a step older.
         layout: fixed takes stages, stride and cfg as given; auto chooses stages and cfg for the number of devices by
             what the denoiser's units cost (see balance) and how old what the stages see would be, and says why.
+        share_encoding: Whether each text and image encoder is run by one rank of a group, which alone holds its weights
+            and sends what comes out to the others: less memory on each, in the same time.
         simulate: Plays all ranks in one process, to see a layout's quality on one device without its speed.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
     """
@@ -70,6 +72,7 @@ class AsyncDiffStrategy(GroupStrategy):
         warm_up_mode: Literal["replicated", "relay"] = "replicated",
         folded: bool = False,
         layout: Literal["fixed", "auto"] = "fixed",
+        share_encoding: bool = False,
         simulate: bool = False,
         timeout: float = 600.0,
     ) -> None:
@@ -79,11 +82,11 @@ class AsyncDiffStrategy(GroupStrategy):
             _refuse_beside_auto(stages=stages, stride=stride, cfg=cfg, cut=cut, simulate=simulate)
             # relay, say, does not go with a warm-up until drift whatever the layout
             check_modes(Layout(2), warm_up, "none", warm_up_mode, simulate)
-            super().__init__(None, None, timeout)
+            super().__init__(None, None, timeout, share_encoding)
         else:
             check_modes(given, warm_up, compile, warm_up_mode, simulate)
             _check_balance(balance, stages, cut)
-            super().__init__(given, 1 if simulate else given.pipeline_ranks, timeout)
+            super().__init__(given, 1 if simulate else given.pipeline_ranks, timeout, share_encoding)
         self.stages = stages
         self.stride = stride
         self.warm_up = warm_up
@@ -206,13 +209,10 @@ class AsyncDiffStrategy(GroupStrategy):
         self.build_groups(choice.layout)
 
     @override
-    def model_to_device(self) -> None:
-        if self.warm_up_mode == "replicated":
-            super().model_to_device()
-            return
-        # the weights of this rank's stage follow when the cut is known, those of the others never
-        with left_behind(self.lightning_module, denoiser_of(self.lightning_module.pipeline)):
-            super().model_to_device()
+    def placed_later(self) -> list[nn.Module]:
+        # of the denoiser, the weights of this rank's stage follow when the cut is known
+        is_cut = self.warm_up_mode == "relay"
+        return super().placed_later() + ([denoiser_of(self.lightning_module.pipeline)] if is_cut else [])
 
     @override
     def install(self, module: pl.LightningModule) -> Parallel:
@@ -233,6 +233,7 @@ class AsyncDiffStrategy(GroupStrategy):
             warm_up_mode=self.warm_up_mode,
             folded=self.folded,
             share_decoding=True,
+            share_encoding=self.share_encoding,
             simulate=self.simulate,
             timeout=self.timeout,
             trajectory=module.trajectory,
@@ -256,6 +257,7 @@ class AsyncDiffStrategy(GroupStrategy):
             "balance": self.balance,
             "warm_up_mode": self.warm_up_mode,
             "folded": self.folded,
+            "share_encoding": self.share_encoding,
             "simulate": self.simulate,
             "cut": self._handle.cut_hash if self._handle and self._handle.cut else None,
         }

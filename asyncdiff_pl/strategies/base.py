@@ -24,9 +24,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from asyncdiff_pl.parallel import Groups, Layout, Parallel
+from asyncdiff_pl.parallel.encoders import encoders_of
+from asyncdiff_pl.parallel.weights import left_behind
 from asyncdiff_pl.processes import die_with_parent
 from asyncdiff_pl.strategies.launcher import GroupLauncher
 
@@ -43,18 +46,22 @@ class GroupStrategy(ParallelStrategy):
         ranks_per_group: Ranks of one group: the layout's, or 1 where one process plays them all; None for all ranks of
             a node.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
+        share_encoding: Whether each encoder is run by one rank of a group, which alone holds its weights.
     """
 
     is_distributed = True
     """Lightning looks this up by name."""
 
-    def __init__(self, layout: Layout | None, ranks_per_group: int | None, timeout: float) -> None:
+    def __init__(
+        self, layout: Layout | None, ranks_per_group: int | None, timeout: float, share_encoding: bool = False
+    ) -> None:
         super().__init__()
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout} s; give a number of seconds above 0.")
         self.num_nodes = 1
         self._ranks_per_group = ranks_per_group
         self.timeout = timedelta(seconds=timeout)
+        self.share_encoding = share_encoding
         self._layout = layout
         self._groups: Groups | None = None
         self._handle: Parallel | None = None
@@ -218,7 +225,15 @@ class GroupStrategy(ParallelStrategy):
     @override
     def model_to_device(self) -> None:
         assert self.model is not None
-        self.model.to(self.root_device)
+        with contextlib.ExitStack() as stack:
+            for part in self.placed_later():
+                stack.enter_context(left_behind(self.model, part))
+            self.model.to(self.root_device)
+
+    def placed_later(self) -> list[nn.Module]:
+        """Networks of which `install` brings to the device what a rank holds of them; the rest never gets there."""
+        shares = self.share_encoding and self.ranks_per_group > 1
+        return [*encoders_of(self.lightning_module.pipeline).values()] if shares else []
 
     @override
     def on_exception(self, exception: BaseException) -> None:

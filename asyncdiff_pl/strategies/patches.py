@@ -42,6 +42,8 @@ class PatchStrategy(GroupStrategy):
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that
             the CPU launches a step at once; needs an NVIDIA GPU.
+        share_encoding: Whether each text and image encoder is run by one rank of a group, which alone holds its weights
+            and sends what comes out to the others: less memory on each, in the same time.
         simulate: Plays all ranks in one process, to see a mode's quality on one device without its speed.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
     """
@@ -54,13 +56,14 @@ class PatchStrategy(GroupStrategy):
         portion: float = 1.0,
         cfg: int = 1,
         capture: bool = False,
+        share_encoding: bool = False,
         simulate: bool = False,
         timeout: float = 600.0,
     ) -> None:
         layout = Layout(cfg=cfg, patches=patches)
         # it validates itself
         PatchSettings(layout, mode, warm_up, portion, capture)
-        super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout)
+        super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout, share_encoding)
         self.patches = patches
         self.mode = mode
         self.warm_up = warm_up
@@ -119,6 +122,7 @@ class PatchStrategy(GroupStrategy):
             cfg=self.cfg,
             capture=self.capture,
             share_decoding=True,
+            share_encoding=self.share_encoding,
             simulate=self.simulate,
             timeout=self.timeout,
             trajectory=module.trajectory,
@@ -142,6 +146,7 @@ class PatchStrategy(GroupStrategy):
             "portion": self.portion,
             "cfg": self.cfg,
             "capture": self.capture,
+            "share_encoding": self.share_encoding,
             "simulate": self.simulate,
         }
 

@@ -136,6 +136,7 @@ def test_describe(warm_up, described):
         "balance": "operations",
         "warm_up_mode": "replicated",
         "folded": False,
+        "share_encoding": False,
         "simulate": False,
         "cut": None,
     }
