@@ -10,6 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -60,6 +62,8 @@ class FakeRecording:
                 else:
                     for work in works:
                         work.wait()
+            if function is torch.ops._c10d_functional.all_reduce.default:
+                torch.ops._c10d_functional.wait_tensor(found)
             if fresh:
                 for kept, new in zip(tree_leaves(output), tree_leaves(found), strict=True):
                     if _is_tensor(kept):
@@ -82,6 +86,9 @@ class _Writer(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
+            # what it runs on plain tensors comes here again
+            return NotImplemented
         if str(function) in FORBIDDEN:
             raise CannotCapture(f"{function} makes the CPU wait")
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

@@ -5,6 +5,7 @@ from denoisers import NAMES, Sampler, build, ddim
 from denoising_tensor_parallel import TensorParallel, tensor_mesh
 from diffusers.models.attention import Attention, FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from fake_graph import FakeRecorder, captured
 
 from asyncdiff_pl.parallel import parallelize
 
@@ -60,11 +61,13 @@ def compute_with_shares(rank):
         assert num_weights(denoiser) == whole
 
 
-def compute_in_halves(rank):
+def replay_in_halves(rank):
     denoiser, sampler, scheduler = build("sd21"), Sampler("sd21"), ddim()
-    alone = sampler(denoiser, scheduler, steps=1)
+    alone = sampler(denoiser, scheduler, steps=4)
     shards = TensorParallel(denoiser, tensor_mesh(CPU, 2, cfg=2))
-    handle = parallelize(denoiser, scheduler=scheduler, cfg=2)
-    assert difference(sampler(denoiser, scheduler, steps=1), alone) < 1e-5
-    handle.remove()
+    with captured(FakeRecorder()) as recorder:
+        handle = parallelize(denoiser, scheduler=scheduler, cfg=2, capture=True)
+        assert difference(sampler(denoiser, scheduler, steps=4), alone) < 1e-5
+        assert (handle.num_graphs, recorder.replays) == (1, 3)
+        handle.remove()
     shards.remove()

@@ -11,15 +11,15 @@ from asyncdiff_pl.parallel import Layout
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 from ranks import run_ranks
-from tensor_scenarios import compute_in_halves, compute_with_shares
+from tensor_scenarios import compute_with_shares, replay_in_halves
 
 
 def test_shares_compute_what_the_whole_does():
     run_ranks(2, compute_with_shares)
 
 
-def test_each_half_of_the_guidance_batch_has_ranks_that_share_layers():
-    run_ranks(4, compute_in_halves)
+def test_each_half_of_the_guidance_batch_has_ranks_that_share_layers_and_is_recorded():
+    run_ranks(4, replay_in_halves)
 
 
 def test_rows():
