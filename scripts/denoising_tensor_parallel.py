@@ -3,7 +3,7 @@
 Between blocks all ranks hold the same activations. Within a block each computes a share of the channels: of attention's
 heads, of a feed-forward layer's units, of a ResNet's groups. The block's last layer has a share of the inputs, and an
 all-reduce adds up what the ranks made of theirs: Megatron-LM's scheme (arXiv 1909.08053, section 3), which DistriFusion
-carries over to UNets (arXiv 2402.19481, section 5.1). Convolutions that change the size are split over their inputs
+carries over to UNets (arXiv 2402.19481). Convolutions that change the size are split over their inputs
 alone. Torch's `parallelize_module` does it: linear layers by its own styles, convolutions and GroupNorms, for which
 DTensor has no such rules, by two styles of this file.
 
@@ -123,11 +123,6 @@ class TensorParallel:
     def bytes_per_step(self) -> int:
         """Bytes that this rank sends in a denoiser call, as rings add up: each part of a tensor goes round twice."""
         return sum(self._summed_bytes.values()) * 2 * (self._ranks - 1) // self._ranks
-
-    @property
-    def num_sums(self) -> int:
-        """All-reduces of a denoiser call."""
-        return len(self._summed_bytes)
 
     def remove(self) -> None:
         """Puts the whole layers back."""

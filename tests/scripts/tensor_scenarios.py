@@ -45,7 +45,7 @@ def compute_with_shares(rank):
         shards = TensorParallel(block, mesh)
         assert difference(block(*inputs), alone) < 1e-6, block
         # two ranks: each sends as much as there is
-        assert (shards.bytes_per_step, shards.num_sums) == (4 * summed, 1)
+        assert shards.bytes_per_step == 4 * summed
         shards.remove()
         assert block(*inputs).equal(alone)
     for name in NAMES:
