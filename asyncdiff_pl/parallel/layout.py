@@ -1,4 +1,4 @@
-"""The axes of the world: data x guidance x (stages or patches)."""
+"""The axes of the world: data x guidance x (stages, patches or steps)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Layout:
         cfg: 2 gives each half of the guidance batch its own ranks.
         data: Groups that work on different samples.
         patches: Patches that the rows of the latents are split into, from 1 up; more than 1 only with 1 stage.
+        steps: Steps that are computed at a time, from 1 up; more than 1 only with 1 stage and 1 patch.
 
     Raises:
         ValueError: A number is out of range.
@@ -33,6 +34,7 @@ class Layout:
     cfg: int = 1
     data: int = 1
     patches: int = 1
+    steps: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.stages <= MAX_STAGES:
@@ -50,11 +52,19 @@ class Layout:
                 f"A denoiser runs in stages or in patches, and stages is {self.stages} and patches {self.patches}; set "
                 "one of them to 1."
             )
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; give 1 or more.")
+        if self.steps > 1 and (self.stages > 1 or self.patches > 1):
+            other = "stages" if self.stages > 1 else "patches"
+            raise ValueError(
+                f"Ranks share out steps, or {other} of each step, and steps is {self.steps} and {other} "
+                f"{getattr(self, other)}; set one of them to 1."
+            )
 
     @property
     def ranks_per_half(self) -> int:
         """Ranks that share one half of the guidance batch, or all of it."""
-        return self.patches if self.patches > 1 else self.stages + self.stride - 1
+        return max(self.patches, self.steps, self.stages + self.stride - 1)
 
     @property
     def pipeline_ranks(self) -> int:
@@ -76,13 +86,15 @@ class Layout:
         Raises:
             ValueError: The ranks do not fit the layout.
         """
-        is_patched = self.patches > 1
-        parts = f"patches {self.patches}" if is_patched else f"(stages {self.stages} + stride {self.stride} - 1)"
+        parts, names = f"(stages {self.stages} + stride {self.stride} - 1)", "stages, stride"
+        for name in ("patches", "steps"):
+            if getattr(self, name) > 1:
+                parts, names = f"{name} {getattr(self, name)}", name
         needs = f"cfg {self.cfg} x {parts} = {self.pipeline_ranks} ranks"
         if world_size % self.pipeline_ranks:
             raise ValueError(
                 f"A pipeline of {needs} does not fit {world_size} ranks: start a multiple of {self.pipeline_ranks}, "
-                f"or change {'patches' if is_patched else 'stages, stride'} or cfg."
+                f"or change {names} or cfg."
             )
         if ranks_per_node is not None and ranks_per_node % self.pipeline_ranks:
             raise ValueError(
@@ -103,7 +115,8 @@ class Groups:
 
     Args:
         pipeline: Ranks that work on the same sample.
-        half: Ranks among them that work on the same half of the guidance batch: the stages, or the patches.
+        half: Ranks among them that work on the same half of the guidance batch: the stages, the patches, or the
+            steps of a round.
         guidance: Ranks that do the same for the other half.
     """
 

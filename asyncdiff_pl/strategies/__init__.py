@@ -3,5 +3,6 @@
 from asyncdiff_pl.strategies.async_stages import AsyncDiffStrategy
 from asyncdiff_pl.strategies.base import GroupStrategy
 from asyncdiff_pl.strategies.patches import PatchStrategy
+from asyncdiff_pl.strategies.step_parallel import StepParallelStrategy
 
-__all__ = ["AsyncDiffStrategy", "GroupStrategy", "PatchStrategy"]
+__all__ = ["AsyncDiffStrategy", "GroupStrategy", "PatchStrategy", "StepParallelStrategy"]
