@@ -34,7 +34,8 @@ class SharedEncoding:
         self._rank = rank
         encoders = encoders_of(pipe)
         others = _encoder_of_pictures(pipe)
-        self.owners = share_out({name: size_of(part) for name, part in (encoders | others).items()}, num_ranks)
+        sizes = {name: size_of(encoder) for name, encoder in encoders.items()} | dict.fromkeys(others, 0)
+        self.owners = share_out(sizes, num_ranks)
         """Rank that runs each encoder, by name."""
         self._held: list[HeldWeights] = []
         self._handles = []
@@ -93,7 +94,7 @@ def share_out(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     """Who runs which encoder: the largest first, each by the rank that has least to hold so far.
 
     Args:
-        sizes: Bytes of each encoder's weights, by name.
+        sizes: Bytes that each encoder's owner alone holds, by name.
         num_ranks: Ranks of the pipeline.
 
     Returns:
