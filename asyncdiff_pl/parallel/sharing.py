@@ -115,7 +115,8 @@ class SharedPictures:
 
     Picture k is decoded by rank k modulo the number of ranks, which all must call `vae.decode` with the same latents.
     The bits do not depend on the number of ranks. They are those of the autoencoder after `enable_slicing()`; a batch
-    that is decoded at once differs from them in roundings, about 1e-5 of its norm in float32 and 3e-3 in float16 on a CPU.
+    that is decoded at once differs from them in roundings: on a CPU by about 1e-5 of the norm in float32, 3e-3 in
+    float16.
 
     Args:
         vae: An autoencoder that `decodes_pictures`.
