@@ -119,7 +119,8 @@ def read_coefficients(scheduler: Any, eta: float | None = None) -> StepCoefficie
 
     Args:
         scheduler: A DDIM, DDPM or Euler scheduler of diffusers.
-        eta: η from 0 (the ODE) to 1 (DDPM's SDE); None for the scheduler's own: 1 for DDPM, else 0.
+        eta: η from 0 (the ODE) to 1 (DDPM's SDE); None for the scheduler's own: 1 for DDPM, else 0. On an
+            Euler scheduler, whose own step adds no noise, it is that of DDIM at Euler's noise levels.
 
     Returns:
         The coefficients, on the CPU.

@@ -10,6 +10,7 @@ from asyncdiff_pl.sampling.noises import added_noises
 from asyncdiff_pl.sampling.solution import Denoise, Solution
 
 
+@torch.no_grad()
 def sequential(
     denoise: Denoise, latents: Tensor, coefficients: StepCoefficients, *, noises: Tensor | None = None
 ) -> Solution:

@@ -48,6 +48,7 @@ class Method(Protocol):
         """
 
 
+@torch.no_grad()
 def solve(
     denoise: Denoise,
     latents: Tensor,

@@ -51,11 +51,12 @@ SOLVERS = [
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(("solver", "settings"), SOLVERS)
 def test_a_tolerance_of_zero_gives_the_sequential_result(solver, settings, eta):
-    for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+    for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         estimate, latents, coefficients, noises = problem(NUMBER, eta, 2, SMALL, dtype)
         expected = sequential(estimate, latents, coefficients, noises=noises)
         found = solver(estimate, latents, coefficients, noises=noises, tolerance=0, **settings)
         assert found.converged
+        assert found.latents.dtype == found.trajectory.dtype == dtype
         assert max(found.iterations) <= NUMBER
         assert distance(found.latents, expected.latents) < limit
         assert distance(found.trajectory, expected.trajectory) < limit
