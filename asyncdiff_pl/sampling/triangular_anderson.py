@@ -98,7 +98,7 @@ class _TriangularAnderson:
         self._factors = along(factors, latents)
         self._products = along(torch.cat([factors.new_ones(1), factors.cumprod(0)]), latents)
         self._residual = factors.new_zeros(0)
-        self._last_rows = slice(number, number)
+        self._last_lowest = number
         if memory > 1:
             self._last_states = factors.new_zeros(number, *shape)
             self._last_residuals = factors.new_zeros(number, *shape)
@@ -138,11 +138,9 @@ class _TriangularAnderson:
         states[rows] = new
 
     def _remember(self, current: Tensor, rows: slice) -> None:
-        # a step that has just entered the window has no iterate before this one: its difference is not valid
-        known = slice(min(max(rows.start, self._last_rows.start), rows.stop), rows.stop)
+        # a step that has just entered the window has no iterate before this one, and its difference stays invalid
+        known = slice(min(self._last_lowest, rows.stop), rows.stop)
         offset = known.start - rows.start
-        for store in (self._residual_changes, self._changes, self._valid):
-            store[:, self._slot] = 0
         self._valid[known, self._slot] = 1
         residual_change = (self._residual[offset:] - self._last_residuals[known]).flatten(1)
         self._residual_changes[known, self._slot] = residual_change
@@ -150,7 +148,7 @@ class _TriangularAnderson:
         self._slot = (self._slot + 1) % (self._memory - 1)
         self._last_states[rows] = current
         self._last_residuals[rows] = self._residual
-        self._last_rows = rows
+        self._last_lowest = rows.start
 
     def _correction(self, rows: slice) -> Tensor:
         changes, valid = self._residual_changes[rows], self._valid[rows]

@@ -18,6 +18,11 @@ def test_50_steps(order, memory):
     assert max(iterations) <= highest
 
 
+def test_order_one_is_slow():
+    estimate, latents, coefficients, _ = problem(50, 0.0, batch=1)
+    assert 35 <= triangular_anderson(estimate, latents, coefficients, order=1, memory=1).iterations[0] <= 45
+
+
 def test_a_long_memory_is_no_harm_to_steps_that_enter_the_window():
     estimate, latents, coefficients, _ = problem(100, 0.0, batch=4)
     short, long = (

@@ -1,7 +1,10 @@
 """Solving all steps together gives what one step after the other gives, for each sample on its own."""
 
+import itertools
+
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from mixture import problem
 
 from asyncdiff_pl.sampling import picard, sequential, triangular_anderson
@@ -121,6 +124,21 @@ def test_only_what_needs_evaluation_is_evaluated_and_all_of_it_is_told(solver, s
     torch.testing.assert_close(torch.stack(iteration.trajectories), found.trajectory)
 
 
+def test_picard_slides_past_what_changes_less_than_ddpms_noise():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(NUMBER)
+    estimate, latents, coefficients, _ = problem(NUMBER, 0.0, 1, SMALL)
+    told = []
+    picard(estimate, latents, coefficients, window=6, tolerance=0.3, callback=told.append)
+    # of DDPM's step from each state; there is none from state 0
+    variances = [scheduler._get_variance(time, time - 1000 // NUMBER) for time in scheduler.timesteps.flip(0)]
+    limits = [float("inf")] + [0.3 * float(variance) ** 0.5 for variance in variances]
+    for one in told:
+        over = [step for step, residual in zip(one.steps, one.residuals, strict=True) if residual > limits[step]]
+        assert one.finished == [max(over, default=one.steps[0])]
+    assert any(before.steps[-1] - after.steps[-1] > 1 for before, after in itertools.pairwise(told))
+
+
 @pytest.mark.parametrize("solver", [triangular_anderson, picard])
 def test_max_iterations_counts_evaluations(solver):
     estimate, latents, coefficients, _ = problem(NUMBER, 0.0, 2, SMALL)
@@ -180,6 +198,15 @@ def test_from_a_trajectory(solver, eta):
     assert warm.iterations < cold.iterations
     assert distance(warm.latents, expected) < 0.004 < distance(first[:, 0], expected)
     assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("solver", [triangular_anderson, picard])
+def test_a_trajectory_of_other_noise_is_only_a_start(solver):
+    estimate, latents, coefficients, _ = problem(NUMBER, 0.0, 2, SMALL)
+    first = solver(estimate, latents, coefficients).trajectory
+    expected = sequential(estimate, latents.flip(0), coefficients).latents
+    found = solver(estimate, latents.flip(0), coefficients, tolerance=0, initial_trajectory=first)
+    assert distance(found.latents, expected) < 1e-10
 
 
 @pytest.mark.parametrize("solver", [triangular_anderson, picard])
