@@ -214,7 +214,12 @@ class Bench:
                 self._groups[layout] = Groups.build(layout.over(self.world.size))
             groups = self._groups[layout]
         if layout.patches > 1:
-            settings: dict[str, Any] = {"patches": layout.patches, "mode": job.mode, "portion": job.portion}
+            settings: dict[str, Any] = {
+                "patches": layout.patches,
+                "mode": job.mode,
+                "portion": job.portion,
+                "compile": job.compile,
+            }
         else:
             settings = {
                 "stages": layout.stages,

@@ -166,9 +166,10 @@ def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
         layout.over(ranks)
         if layout.patches > 1:
             modes = [PatchSettings(layout, *_mode_and_portion(text)) for text in options.patch_mode]
-            # hooks in each layer leave nothing to compile
-            each = itertools.product(modes, captures)
-            jobs += [Job(name, layout, "none", capture, mode=m.mode, portion=m.portion) for m, capture in each]
+            # the whole denoiser is nowhere
+            kinds = [kind for kind in options.compile if kind != "full"]
+            each = itertools.product(modes, kinds, captures)
+            jobs += [Job(name, layout, kind, capture, mode=m.mode, portion=m.portion) for m, kind, capture in each]
             continue
         folds = [state == "yes" for state in options.folded]
         settings = itertools.product(options.warm_up_mode, options.compile, captures, options.balance, folds)

@@ -187,7 +187,7 @@ def parallelize(
             then launches a step at once. Needs an NVIDIA GPU. What changes in the network (adapters, their scales)
             counts from the next sample on. `remove` the handle before the process group is destroyed.
         compile: What torch compiles: "none", "blocks" (the repeated blocks, each kind once) or "full" (the whole
-            denoiser; 1 stage only).
+            denoiser; 1 stage and 1 patch only).
         balance: What a found cut balances: "operations", counted, or "measured" times of the denoiser's units on this
             device, which are kept on disk.
         warm_up_mode: "replicated": every rank computes exact steps whole; "relay": each rank computes its own stage,
@@ -222,13 +222,12 @@ def parallelize(
             refresh_every=refresh_every,
             time_shift=time_shift,
             cut=cut,
-            compile=compile,
             balance=balance,
             warm_up_mode=warm_up_mode,
             folded=folded,
         )
         assert isinstance(warm_up, int)
-        patch_settings = PatchSettings(layout, mode, warm_up, portion, capture)
+        patch_settings = PatchSettings(layout, mode, warm_up, portion, capture, compile)
     elif (mode, portion) != ("full_sync", 1.0):
         raise ValueError(f"mode {mode} and portion {portion} are for patches, and patches is 1; give 2 or more.")
     check_settings(layout, warm_up, cut, refresh_every)

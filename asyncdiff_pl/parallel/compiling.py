@@ -40,12 +40,19 @@ class Compiled:
     Args:
         denoiser: The network whose weights are laid out.
         parts: The modules that are called through `wrap`, by name.
+        gains: Whether compiling one of them gains anything; None for `can_gain`.
     """
 
-    def __init__(self, denoiser: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        parts: Mapping[str, nn.Module],
+        gains: Callable[[nn.Module], bool] | None = None,
+    ) -> None:
         self._denoiser = denoiser
-        self._names = frozenset(name for name, part in parts.items() if _can_gain(part))
-        self._calls: dict[str, Callable[..., Any]] = {}
+        self.parts = {name: part for name, part in parts.items() if (gains or can_gain)(part)}
+        """Those that are compiled."""
+        self._calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._layouts: list[tuple[nn.Parameter, tuple[int, ...]]] = []
         self._is_possible = True
 
@@ -72,14 +79,14 @@ class Compiled:
 
         Args:
             name: Name of the module among the parts.
-            call: Its forward, the same at each call.
+            call: Its forward, the same at each call as long as the module is.
         """
-        if name not in self._names or not self._is_possible:
+        if name not in self.parts or not self._is_possible:
             return call
-        if name not in self._calls:
+        if name not in self._calls or self._calls[name][0] != call:
             # one set of graphs for each resolution is faster than one for all of them
-            self._calls[name] = torch.compile(call, backend=BACKEND, dynamic=False)
-        return self._calls[name]
+            self._calls[name] = call, torch.compile(call, backend=BACKEND, dynamic=False)
+        return self._calls[name][1]
 
     def allowing_all_kinds(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A call of the denoiser in which torch compiles as many kinds of blocks as there are."""
@@ -98,7 +105,7 @@ class Compiled:
 
     def _lay_out(self, weight: nn.Parameter) -> None:
         if 0 in weight.stride():
-            # it stands for a weight of another rank (placement.py), with one element in memory
+            # it stands for a weight of another rank (weights.py), with one element in memory
             return
         laid_out = weight.data.to(memory_format=torch.channels_last)
         if laid_out.stride() != weight.stride():
@@ -127,7 +134,7 @@ def why_not(device: torch.device) -> str:
     return ""
 
 
-def _can_gain(part: nn.Module) -> bool:
+def can_gain(part: nn.Module) -> bool:
     """Whether there is more in a module than one layer that a library computes."""
     layers = [module for module in part.modules() if any(True for _ in module.parameters(recurse=False))]
     return len(layers) > 1 or not isinstance(layers[0], _LAYERS)

@@ -16,6 +16,7 @@ from asyncdiff_pl.parallel.guidance import find_latents
 from asyncdiff_pl.parallel.patches.pipeline import KINDS
 from asyncdiff_pl.parallel.patches.rows import ROWS, row_unit, shares
 from asyncdiff_pl.parallel.patches.settings import PatchMode, PatchSettings
+from asyncdiff_pl.parallel.stages.settings import CompileMode
 from asyncdiff_pl.strategies.base import FEW_STEPS, GroupStrategy, either
 
 
@@ -42,6 +43,9 @@ class PatchStrategy(GroupStrategy):
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that
             the CPU launches a step at once; needs an NVIDIA GPU.
+        compile: What torch compiles: none, or blocks, the repeated blocks of the network, each kind once, with what
+            they tell other patches inside; minutes at the first sample, and faster steps. full, the whole network,
+            takes 1 patch.
         share_encoding: Whether each text and image encoder is run by one rank of a group, which alone holds its weights
             and sends what comes out to the others: less memory on each, in the same time.
         simulate: Plays all ranks in one process, to see a mode's quality on one device without its speed.
@@ -56,13 +60,14 @@ class PatchStrategy(GroupStrategy):
         portion: float = 1.0,
         cfg: int = 1,
         capture: bool = False,
+        compile: CompileMode = "none",
         share_encoding: bool = False,
         simulate: bool = False,
         timeout: float = 600.0,
     ) -> None:
         layout = Layout(cfg=cfg, patches=patches)
         # it validates itself
-        PatchSettings(layout, mode, warm_up, portion, capture)
+        PatchSettings(layout, mode, warm_up, portion, capture, compile)
         super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout, share_encoding)
         self.patches = patches
         self.mode = mode
@@ -70,6 +75,7 @@ class PatchStrategy(GroupStrategy):
         self.portion = portion
         self.cfg = cfg
         self.capture = capture
+        self.compile = compile
         self.simulate = simulate
 
     @override
@@ -121,6 +127,7 @@ class PatchStrategy(GroupStrategy):
             warm_up=self.warm_up,
             cfg=self.cfg,
             capture=self.capture,
+            compile=self.compile,
             share_decoding=True,
             share_encoding=self.share_encoding,
             simulate=self.simulate,
@@ -146,6 +153,7 @@ class PatchStrategy(GroupStrategy):
             "portion": self.portion,
             "cfg": self.cfg,
             "capture": self.capture,
+            "compile": self.compile,
             "share_encoding": self.share_encoding,
             "simulate": self.simulate,
         }

@@ -3,16 +3,18 @@
 In double precision where variances may come near to nothing (`corrected_async_gn`): rounding is then made much larger.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
-from denoisers import NAMES, Sampler, build, ddim
-from diffusers import DDPMScheduler
+from denoisers import NAMES, TEXT, Sampler, build, ddim
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from pipeline_scenarios import of_pipelines
 from tiny_pipelines import CASES
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from asyncdiff_pl.parallel import parallelize
+from asyncdiff_pl.parallel import compiling, parallelize
 from asyncdiff_pl.parallel.patches.settings import MODES
 
 COLUMNS = 8
@@ -32,6 +34,16 @@ def double(name: str) -> nn.Module:
     """A tiny denoiser in double precision."""
     # past diffusers' own method, which warns
     return nn.Module.to(build(name), torch.float64)
+
+
+def one_level() -> nn.Module:
+    """A denoiser with few kinds of blocks, in double precision, for a sampler of sd21."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    torch.manual_seed(3)
+    denoiser = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), layers_per_block=1, cross_attention_dim=TEXT, **blocks
+    )
+    return nn.Module.to(denoiser, torch.float64).requires_grad_(False).eval()
 
 
 def of_samplers(denoiser, samplers, simulate, steps=3, **settings) -> list[torch.Tensor]:
@@ -66,6 +78,17 @@ def stale_videos(simulate):
     found, settings = [], {"patches": 2, "warm_up": 1, "mode": "corrected_async_gn", "portion": 0.5}
     for name in ("svd", "animatediff"):
         found += of_samplers(double(name), [tall(name, 24, torch.float64)], simulate, **settings)
+    return found
+
+
+def compiled_patches(simulate):
+    """The ranks compile, the simulation does not."""
+    found = []
+    # as torch takes graphs apart for Inductor
+    with patch.object(compiling, "BACKEND", "aot_eager"):
+        for settings in ({}, {"mode": "corrected_async_gn", "warm_up": 1, "portion": 0.5}):
+            settings = {"patches": 2, "compile": "none" if simulate else "blocks"} | settings
+            found += of_samplers(one_level(), [tall("sd21", 6, torch.float64)], simulate, **settings)
     return found
 
 
@@ -142,6 +165,7 @@ PATCHES = {
         exact_patches,
         modes,
         stale_videos,
+        compiled_patches,
         changing_patches,
         patches_in_two_calls_a_step,
         pipelines_in_patches,

@@ -10,6 +10,7 @@ from asyncdiff_pl.parallel.patches.convolution import Halo
 from asyncdiff_pl.parallel.patches.group_norm import combine, moments, normalise
 from asyncdiff_pl.parallel.patches.rows import Rows, shares, visible_rows
 from asyncdiff_pl.parallel.patches.settings import PatchSettings
+from asyncdiff_pl.parallel.patches.sites import Now, Site
 from asyncdiff_pl.parallel.patches.step import PatchStep
 from asyncdiff_pl.parallel.patches.traffic import LocalSwap, Traffic
 
@@ -104,7 +105,7 @@ def test_moments_of_uneven_patches_are_those_of_the_whole():
     """Far from zero, where a difference of squares loses what is left."""
     norm, hidden = nn.GroupNorm(2, 4), 1000 + torch.randn(3, 4, 7, 5)
     parts = [moments(norm, part) for part in hidden.split([4, 2, 1], 2)]
-    assert torch.allclose(combine(parts, [4, 2, 1]), moments(norm, hidden), rtol=1e-4)
+    assert torch.allclose(combine(torch.stack(parts), [4, 2, 1]), moments(norm, hidden), rtol=1e-4)
 
 
 def test_a_negative_variance_is_replaced_by_the_own_one():
@@ -115,6 +116,6 @@ def test_a_negative_variance_is_replaced_by_the_own_one():
     settings = PatchSettings(Layout(patches=2), "corrected_async_gn", warm_up=1)
     for number, hidden in enumerate((before, now)):
         step = PatchStep.of(settings, number, number == 1, rows, traffic)
-        found = normalise("norm", norm, hidden, step)
+        found = normalise(Site("norm", Now(step)), norm, hidden)
         traffic.turn_over()
     assert abs(float(found[:, :, :4].var(correction=0)) - 1) < 1e-2

@@ -222,7 +222,10 @@ def test_an_adapter_may_come_and_go():
         ({"patches": 2, "mode": "naive", "portion": 0.3}, "mode naive sees no other rows, and portion 0.3"),
         ({"patches": 2, "mode": "stale_gn", "warm_up": 0}, "warm_up is 0; at least 1 synchronous step"),
         ({"patches": 2, "warm_up": WarmUp(until_drift=0.1)}, "patches take a number of .* until drift 0.1"),
-        ({"patches": 2, "compile": "blocks"}, "compile is for stages, .*; leave compile at its default"),
+        (
+            {"patches": 2, "compile": "full"},
+            "compile full takes a denoiser that is whole, and patches is 2; take compile",
+        ),
         ({"patches": 2, "refresh_every": 3}, "refresh_every is for stages"),
         ({"patches": 2, "time_shift": True}, "time_shift is for stages"),
         ({"patches": 2, "cut": [["conv_in"]]}, "cut is for stages"),

@@ -64,11 +64,12 @@ def test_one_rank_comes_first_and_settings_that_mean_nothing_are_left_out():
 def test_patches_come_in_their_modes():
     options = ["--layouts", "2xp2", "p4", "2", "--compile", "none", "blocks", "--device", "cpu"]
     options += ["--patch-mode", "full_sync", "stale_gn:0.3", "--folded", "no", "yes"]
-    many, four = Layout(cfg=2, patches=2), Layout(patches=4)
+    many, four, both = Layout(cfg=2, patches=2), Layout(patches=4), ("none", "blocks")
+    modes = ("full_sync", 1), ("stale_gn", 0.3)
     assert plan(parse(options), 4) == [
         PLAIN,
-        *(Job("2xp2", many, mode=mode, portion=portion) for mode, portion in (("full_sync", 1), ("stale_gn", 0.3))),
-        *(Job("p4", four, mode=mode, portion=portion) for mode, portion in (("full_sync", 1), ("stale_gn", 0.3))),
+        *(Job("2xp2", many, compile, mode=mode, portion=portion) for mode, portion in modes for compile in both),
+        *(Job("p4", four, compile, mode=mode, portion=portion) for mode, portion in modes for compile in both),
         *(Job("2", Layout(2), compile, folded=folded) for compile in ("none", "blocks") for folded in (False, True)),
     ]
 

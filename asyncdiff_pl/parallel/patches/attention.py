@@ -20,8 +20,9 @@ from torch import nn
 
 from asyncdiff_pl.parallel.patches.rows import Rows, visible_rows
 from asyncdiff_pl.parallel.patches.settings import Source
+from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, contiguous
+from asyncdiff_pl.parallel.patches.traffic import Parcels, cloned
 
 SPATIAL = (Transformer2DModel, TransformerSpatioTemporalModel)
 """Transformers whose blocks attend over rows and columns."""
@@ -60,18 +61,43 @@ def self_attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
             raise ValueError(f"{name} is an attention of a kind that patches do not know; take stages or cfg.")
 
 
-def extend(name: str, projected: torch.Tensor, columns: int, step: PatchStep) -> list[torch.Tensor]:
+def extend(site: Site, projected: torch.Tensor) -> list[torch.Tensor]:
     """Keys or values that each own patch sees.
 
     Args:
-        name: Name of the projection.
+        site: Which projection it is.
         projected: [B, H · W, C] of the own patches' rows.
-        columns: W.
-        step: The step in work.
 
     Returns:
         For each own patch [B, H' · W, C], in the order of the rows.
     """
+    now = site.now
+    if torch.compiler.is_compiling():
+        found = _extend_operation(projected, now.columns, sum(now.seen), site.number, now.order)
+    else:
+        found = _extend(projected, now.columns, site.name, site.step)
+    return list(found.split([rows * now.columns for rows in now.seen], 1))
+
+
+def seen_rows(height: int, step: PatchStep) -> tuple[int, ...]:
+    """Rows of tokens that each own patch sees, its own among them.
+
+    Args:
+        height: Rows of all own patches together.
+        step: The step in work.
+    """
+    sizes = step.rows.at(height)
+    if step.source is Source.NONE:
+        return tuple(sizes[patch] for patch in step.rows.own)
+    portion = 1.0 if step.source is Source.FRESH else step.portion
+    return tuple(
+        sizes[patch] + sum(seen.stop - seen.start for seen in visible_rows(portion, patch, sizes).values())
+        for patch in step.rows.own
+    )
+
+
+def _extend(projected: torch.Tensor, columns: int, name: str, step: PatchStep) -> torch.Tensor:
+    """Keys or values that the own patches see, one patch after the other, [B, tokens, C]."""
     rows, traffic = step.rows, step.traffic
     grid = projected.unflatten(1, (-1, columns))
     parts, sizes = rows.split(grid, dim=1), rows.at(grid.shape[1])
@@ -84,23 +110,37 @@ def extend(name: str, projected: torch.Tensor, columns: int, step: PatchStep) ->
     elif step.source is not Source.NONE:
         received = traffic.before(name)
         if step.sends:
-            traffic.later(name, _sends(parts, rows, sizes, step.portion))
-    found = []
+            traffic.later(name, cloned(_sends(parts, rows, sizes, step.portion)))
+    seen = []
     for patch, part, others in zip(rows.own, parts, received, strict=True):
         each = others | {patch: part}
-        found.append(torch.cat([each[number] for number in sorted(each)], 1).flatten(1, 2))
-    return found
+        seen += [each[number] for number in sorted(each)]
+    return torch.cat(seen, 1).flatten(1, 2)
+
+
+@torch.library.custom_op("asyncdiff_pl::extend", mutates_args={"order"})
+def _extend_operation(
+    projected: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    it = site_of(site)
+    return _extend(projected, columns, it.name, it.step)
+
+
+@_extend_operation.register_fake
+def _(projected: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return projected.new_empty(projected.shape[0], rows * columns, projected.shape[2])
 
 
 def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
     """What the other patches see of the own ones."""
     sends: Parcels = [{} for _ in parts]
     for at, (patch, part) in enumerate(zip(rows.own, parts, strict=True)):
+        whole = part.contiguous() if portion == 1 else part
         for other in range(rows.patches):
             seen = visible_rows(portion, other, sizes).get(patch)
             if seen is not None:
-                sends[at][other] = part[:, seen]
-    return contiguous(sends)
+                sends[at][other] = whole if portion == 1 else part[:, seen]
+    return sends
 
 
 def _receives(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
@@ -118,9 +158,7 @@ def _seen(received: Parcels, rows: Rows, sizes: tuple[int, ...], portion: float)
     """Of all other rows those that will be seen."""
     if portion == 1:
         return received
-    return contiguous(
-        [
-            {other: parcel[other][:, seen] for other, seen in visible_rows(portion, patch, sizes).items()}
-            for patch, parcel in zip(rows.own, received, strict=True)
-        ]
-    )
+    return [
+        {other: parcel[other][:, seen] for other, seen in visible_rows(portion, patch, sizes).items()}
+        for patch, parcel in zip(rows.own, received, strict=True)
+    ]

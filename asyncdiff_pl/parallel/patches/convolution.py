@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from asyncdiff_pl.parallel.patches.rows import ROWS, Rows
 from asyncdiff_pl.parallel.patches.settings import Source
+from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, contiguous
+from asyncdiff_pl.parallel.patches.traffic import Parcels, cloned
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,14 @@ class Halo:
         return self.above == 0 and self.below == 0
 
 
-def convolve(name: str, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tensor, step: PatchStep) -> torch.Tensor:
+def convolve(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tensor) -> torch.Tensor:
     """A convolution over the own patches' rows.
 
     Args:
-        name: Name of the layer.
+        site: Which layer it is.
         convolution: The layer.
         halo: Rows that it reads beyond a patch.
         hidden: [B, C, H, W], the rows of the own patches.
-        step: The step in work.
 
     Returns:
         [B, C', H / stride, W'], the rows of the own patches.
@@ -74,64 +74,102 @@ def convolve(name: str, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tensor
     Raises:
         ValueError: A patch has fewer rows than its neighbour's kernel reaches into it.
     """
-    rows, traffic = step.rows, step.traffic
+    rows = site.step.rows
     parts, sizes = rows.split(hidden), rows.at(hidden.shape[ROWS])
     reach = max(halo.above, halo.below)
     if min(sizes) < reach:
         raise ValueError(
-            f"{name} reads {reach} rows beyond its patch, and a patch has {min(sizes)} there; take fewer patches or a "
-            "larger picture."
+            f"{site.name} reads {reach} rows beyond its patch, and a patch has {min(sizes)} there; take fewer patches "
+            "or a larger picture."
         )
-    received: Parcels = [{} for _ in parts]
-    if step.source is Source.FRESH:
-        received = traffic.now(_edges(parts, rows, halo), _buffers(parts, rows, halo), name)
-        if step.keeps_rows:
-            traffic.keep(name, received)
-    elif step.source is not Source.NONE:
-        received = traffic.before(name)
-        if step.sends:
-            traffic.later(name, _edges(parts, rows, halo))
+    # in compiled code what makes the rows lays them out as well
+    first = torch.stack([part.narrow(ROWS, 0, reach) for part in parts]).contiguous()
+    last = torch.stack([part.narrow(ROWS, part.shape[ROWS] - reach, reach) for part in parts]).contiguous()
+    if torch.compiler.is_compiling():
+        above, below = _halos_operation(first, last, halo.above, halo.below, site.number, site.now.order)
+    else:
+        above, below = _halos(first, last, halo, site.name, site.step)
     found = []
-    for patch, part, others in zip(rows.own, parts, received, strict=True):
-        above = _rows(part, others.get(patch - 1), halo.above)
-        below = _rows(part, others.get(patch + 1), halo.below)
-        extended = torch.cat([above, part, below], ROWS)
+    for at, part in enumerate(parts):
+        is_nhwc = part.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_nhwc else torch.contiguous_format
+        # rows in another layout than the others' would have all of them laid out anew
+        beyond = (each[at].contiguous(memory_format=layout) for each in (above, below))
+        extended = torch.cat([next(beyond), part, next(beyond)], ROWS)
         padding = (0, convolution.padding[1])
         weight, bias, stride = convolution.weight, convolution.bias, convolution.stride
         found.append(F.conv2d(extended, weight, bias, stride, padding, convolution.dilation, convolution.groups))
     return found[0] if len(found) == 1 else torch.cat(found, ROWS)
 
 
-def _edges(parts: list[torch.Tensor], rows: Rows, halo: Halo) -> Parcels:
+def _halos(
+    first: torch.Tensor, last: torch.Tensor, halo: Halo, name: str, step: PatchStep
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each own patch reads above and below it, zeros where there is nothing.
+
+    Args:
+        first: First rows of each own patch, [own patches, B, C, reach, W], contiguous.
+        last: Their last rows.
+        halo: Rows that are read beyond a patch.
+        name: Name of the layer.
+        step: The step in work.
+    """
+    rows, traffic = step.rows, step.traffic
+    above, below = _room(first, halo.above), _room(first, halo.below)
+    places: Parcels = [
+        {
+            other: room[at]
+            for room, other in ((above, patch - 1), (below, patch + 1))
+            if room.shape[ROWS] and 0 <= other < rows.patches
+        }
+        for at, patch in enumerate(rows.own)
+    ]
+    if step.source is Source.FRESH:
+        received = traffic.now(_sends(first, last, rows, halo), places, name)
+        if step.keeps_rows:
+            traffic.keep(name, received)
+    elif step.source is not Source.NONE:
+        received = traffic.before(name)
+        if step.sends:
+            traffic.later(name, cloned(_sends(first, last, rows, halo)))
+        for place, parcel in zip(places, received, strict=True):
+            for other, tensor in parcel.items():
+                place[other].copy_(tensor)
+    for at, patch in enumerate(rows.own):
+        for room, other in ((above, patch - 1), (below, patch + 1)):
+            if step.source is Source.NONE or not 0 <= other < rows.patches:
+                room[at].zero_()
+    return above, below
+
+
+@torch.library.custom_op("asyncdiff_pl::halos", mutates_args={"order"})
+def _halos_operation(
+    first: torch.Tensor, last: torch.Tensor, above: int, below: int, site: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    it = site_of(site)
+    return _halos(first, last, Halo(above, below), it.name, it.step)
+
+
+@_halos_operation.register_fake
+def _(
+    first: torch.Tensor, last: torch.Tensor, above: int, below: int, site: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _room(first, above), _room(first, below)
+
+
+def _sends(first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Halo) -> Parcels:
     """What the neighbours read of each own patch."""
     sends: Parcels = []
-    for patch, part in zip(rows.own, parts, strict=True):
-        edges = {}
+    for at, patch in enumerate(rows.own):
+        parcel = {}
         if patch > 0 and halo.below:
-            edges[patch - 1] = part.narrow(ROWS, 0, halo.below)
+            parcel[patch - 1] = first[at].narrow(ROWS, 0, halo.below).contiguous()
         if patch + 1 < rows.patches and halo.above:
-            edges[patch + 1] = part.narrow(ROWS, part.shape[ROWS] - halo.above, halo.above)
-        sends.append(edges)
-    return contiguous(sends)
+            parcel[patch + 1] = last[at].narrow(ROWS, last.shape[ROWS] - halo.above, halo.above).contiguous()
+        sends.append(parcel)
+    return sends
 
 
-def _buffers(parts: list[torch.Tensor], rows: Rows, halo: Halo) -> Parcels:
-    """Room for what each own patch reads of its neighbours."""
-    receives: Parcels = []
-    for patch, part in zip(rows.own, parts, strict=True):
-        shape, buffers = list(part.shape), {}
-        for other, count in ((patch - 1, halo.above), (patch + 1, halo.below)):
-            if count and 0 <= other < rows.patches:
-                shape[ROWS] = count
-                buffers[other] = part.new_empty(shape)
-        receives.append(buffers)
-    return receives
-
-
-def _rows(part: torch.Tensor, given: torch.Tensor | None, count: int) -> torch.Tensor:
-    """A neighbour's rows, or zeros where there is no neighbour."""
-    if given is not None:
-        return given
-    shape = list(part.shape)
-    shape[ROWS] = count
-    return part.new_zeros(shape)
+def _room(edges: torch.Tensor, count: int) -> torch.Tensor:
+    """Room for another number of rows."""
+    return edges.new_empty((*edges.shape[:ROWS], count, edges.shape[-1]))

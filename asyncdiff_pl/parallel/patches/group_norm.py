@@ -17,18 +17,18 @@ from torch.nn import functional as F
 
 from asyncdiff_pl.parallel.patches.rows import ROWS
 from asyncdiff_pl.parallel.patches.settings import Statistics
+from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels
+from asyncdiff_pl.parallel.patches.traffic import Parcels, cloned
 
 
-def normalise(name: str, norm: nn.GroupNorm, hidden: torch.Tensor, step: PatchStep) -> torch.Tensor:
+def normalise(site: Site, norm: nn.GroupNorm, hidden: torch.Tensor) -> torch.Tensor:
     """A GroupNorm over the own patches' rows.
 
     Args:
-        name: Name of the layer.
+        site: Which layer it is.
         norm: The layer.
         hidden: [B, C, ..., H, W], the rows of the own patches.
-        step: The step in work.
 
     Returns:
         Like `hidden`.
@@ -38,19 +38,33 @@ def normalise(name: str, norm: nn.GroupNorm, hidden: torch.Tensor, step: PatchSt
     """
     if hidden.ndim < 4:
         raise ValueError(
-            f"{name} normalises a tensor of shape {tuple(hidden.shape)}, which has no rows that patches could share; "
-            "take stages or cfg."
+            f"{site.name} normalises a tensor of shape {tuple(hidden.shape)}, which has no rows that patches could "
+            "share; take stages or cfg."
         )
-    parts, sizes = step.rows.split(hidden), step.rows.at(hidden.shape[ROWS])
-    own = [moments(norm, part) for part in parts]
-    used = _moments_to_use(name, own, sizes, step)
-    found = [_apply(norm, part, each) for part, each in zip(parts, used, strict=True)]
+    step, height = site.step, hidden.shape[ROWS]
+    parts, sizes = step.rows.split(hidden), step.rows.at(height)
+    used = own = torch.stack([moments(norm, part) for part in parts])
+    if step.statistics is not Statistics.OWN:
+        if torch.compiler.is_compiling():
+            of_all = _gather_operation(own, site.number, site.now.order, step.rows.patches)
+        else:
+            of_all = _gather(own, site.name, step)
+        used = torch.stack(
+            [_used(step.statistics, patch, own[at], of_all[at], sizes) for at, patch in enumerate(step.rows.own)]
+        )
+    found = [_apply(norm, part, used[at]) for at, part in enumerate(parts)]
     return found[0] if len(found) == 1 else torch.cat(found, ROWS)
 
 
 def moments(norm: nn.GroupNorm, hidden: torch.Tensor) -> torch.Tensor:
     """Mean and variance [2, B, groups] of a patch, in float32 at least."""
-    groups = hidden.unflatten(1, (norm.num_groups, -1)).flatten(2)
+    groups = hidden.unflatten(1, (norm.num_groups, -1))
+    if torch.compiler.is_compiling():
+        # one pass in any layout, whatever the number format
+        precise = groups if groups.dtype == torch.float64 else groups.float()
+        variance, mean = torch.var_mean(precise, dim=list(range(2, groups.ndim)), correction=0)
+        return torch.stack([mean, variance])
+    groups = groups.flatten(2)
     if groups.dtype in (torch.float32, torch.float64):
         variance, mean = torch.var_mean(groups, dim=2, correction=0)
         return torch.stack([mean, variance])
@@ -60,54 +74,83 @@ def moments(norm: nn.GroupNorm, hidden: torch.Tensor) -> torch.Tensor:
     return torch.stack([mean, (square - mean.square()).clamp(min=0)])
 
 
-def combine(parts: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor:
-    """Moments [2, B, groups] of several patches together.
+def combine(parts: torch.Tensor, weights: Sequence[int]) -> torch.Tensor:
+    """Moments [2, B, groups] of several patches together, summed in their order, so that all ranks sum alike.
 
     Args:
-        parts: Moments of each.
+        parts: Moments of each, [patches, 2, B, groups].
         weights: Rows of each.
     """
-    each = torch.stack(list(parts))
-    share = _shares(tuple(weights), each.dtype, each.device)
-    mean = (share * each[:, 0]).sum(0)
+    make = _shares.__wrapped__ if torch.compiler.is_compiling() else _shares
+    share = make(tuple(weights), parts.dtype, parts.device)
+    mean = (share * parts[:, 0]).sum(0)
     # about the common mean: a difference of squares would lose what is small beside it
-    variance = (share * (each[:, 1] + (each[:, 0] - mean).square())).sum(0)
+    variance = (share * (parts[:, 1] + (parts[:, 0] - mean).square())).sum(0)
     return torch.stack([mean, variance])
 
 
 @functools.cache
 def _shares(weights: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What each weight is of all of them, [patches, 1, 1]; uploaded once, since that makes a GPU wait."""
+    """What each weight is of all of them, [patches, 1, 1]; made on the device, since an upload makes a GPU wait."""
     with torch.inference_mode(False):
-        return torch.tensor([weight / sum(weights) for weight in weights], dtype=dtype).to(device).view(-1, 1, 1)
+        each = [torch.full((1, 1), weight / sum(weights), dtype=dtype, device=device) for weight in weights]
+        return torch.stack(each)
 
 
-def _moments_to_use(name: str, own: list[torch.Tensor], sizes: Sequence[int], step: PatchStep) -> list[torch.Tensor]:
-    """For each own patch the moments that it is normalised with."""
-    rows, traffic, statistics = step.rows, step.traffic, step.statistics
-    if statistics is Statistics.OWN:
-        return own
-    others = [[other for other in range(rows.patches) if other != patch] for patch in rows.own]
-    sends: Parcels = [dict.fromkeys(each, moment) for each, moment in zip(others, own, strict=True)]
-    if statistics is Statistics.FRESH:
-        into: Parcels = [{other: torch.empty_like(own[0]) for other in each} for each in others]
-        received = traffic.now(sends, into, name)
+def _gather(own: torch.Tensor, name: str, step: PatchStep) -> torch.Tensor:
+    """Moments of all patches, of the step before where they are corrected by what the own ones have changed since.
+
+    Args:
+        own: Those of the own patches, [own patches, 2, B, groups].
+        name: Name of the layer.
+        step: The step in work.
+
+    Returns:
+        For each own patch those of all, [own patches, patches, 2, B, groups]: the others' as this patch knows them.
+    """
+    rows, traffic = step.rows, step.traffic
+    found = own.new_empty(len(rows.own), rows.patches, *own.shape[1:])
+    places: Parcels = [
+        {other: found[at, other] for other in range(rows.patches) if other != patch}
+        for at, patch in enumerate(rows.own)
+    ]
+    sends: Parcels = [dict.fromkeys(place, moment) for place, moment in zip(places, own, strict=True)]
+    latest: Sequence[torch.Tensor] = list(own)
+    if step.statistics is Statistics.FRESH:
+        received = traffic.now(sends, places, name)
         if step.keeps_moments:
-            traffic.keep(name, received, own)
-        return [_all(*each, sizes) for each in zip(rows.own, own, received, strict=True)]
-    received, before = traffic.before(name), traffic.own_before(name)
-    if step.sends:
-        traffic.later(name, sends, own)
-    if statistics is Statistics.STALE:
-        return [_all(*each, sizes) for each in zip(rows.own, own, received, strict=True)]
-    stale = [_all(*each, sizes) for each in zip(rows.own, before, received, strict=True)]
-    return [_corrected(*each) for each in zip(own, before, stale, strict=True)]
+            traffic.keep(name, received, latest)
+    else:
+        received, before = traffic.before(name), traffic.own_before(name)
+        for place, parcel in zip(places, received, strict=True):
+            for other, moment in parcel.items():
+                place[other].copy_(moment)
+        if step.sends:
+            traffic.later(name, cloned(sends), latest)
+        if step.statistics is Statistics.CORRECTED:
+            latest = before
+    for at, patch in enumerate(rows.own):
+        found[at, patch].copy_(latest[at])
+    return found
 
 
-def _all(patch: int, own: torch.Tensor, others: dict[int, torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
-    """Moments of all patches together, in the order of their rows, so that all ranks sum alike."""
-    each = others | {patch: own}
-    return combine([each[number] for number in range(len(sizes))], sizes)
+@torch.library.custom_op("asyncdiff_pl::moments", mutates_args={"order"})
+def _gather_operation(own: torch.Tensor, site: torch.Tensor, order: torch.Tensor, patches: int) -> torch.Tensor:
+    it = site_of(site)
+    return _gather(own, it.name, it.step)
+
+
+@_gather_operation.register_fake
+def _(own: torch.Tensor, site: torch.Tensor, order: torch.Tensor, patches: int) -> torch.Tensor:
+    return own.new_empty(own.shape[0], patches, *own.shape[1:])
+
+
+def _used(
+    statistics: Statistics, patch: int, own: torch.Tensor, of_all: torch.Tensor, sizes: Sequence[int]
+) -> torch.Tensor:
+    """The moments that a patch is normalised with."""
+    together = combine(of_all, sizes)
+    return _corrected(own, of_all[patch], together) if statistics is Statistics.CORRECTED else together
 
 
 def _corrected(own: torch.Tensor, own_before: torch.Tensor, all_before: torch.Tensor) -> torch.Tensor:
@@ -126,9 +169,19 @@ def _raw(moment: torch.Tensor) -> torch.Tensor:
 
 
 def _apply(norm: nn.GroupNorm, hidden: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """Normalises each channel with its group's moments, in one pass: a batch norm whose channels are all samples'."""
+    """Normalises each channel with its group's moments, in one pass."""
     batch, channels = hidden.shape[:2]
-    mean, variance = used.repeat_interleave(channels // norm.num_groups, dim=2).flatten(1)
+    mean, variance = used.repeat_interleave(channels // norm.num_groups, dim=2)
+    if torch.compiler.is_compiling():
+        # a factor and a term for each channel, which the compiler fuses with what comes before and after
+        factor = torch.rsqrt(variance + norm.eps) * (1 if norm.weight is None else norm.weight)
+        term = (0 if norm.bias is None else norm.bias) - mean * factor
+        # in memory, or it would work them out for each value of the channel
+        ones, stride = [1] * (hidden.ndim - 2), [batch * channels, channels, 1]
+        both = torch.stack([factor, term]).as_strided([2, batch, channels, *ones], [*stride, *ones])
+        return (hidden * both[0] + both[1]).to(hidden.dtype)
+    # a batch norm whose channels are all samples'
     weight, bias = (None if each is None else each.to(used.dtype).repeat(batch) for each in (norm.weight, norm.bias))
     flat = hidden.reshape(1, batch * channels, -1)
-    return F.batch_norm(flat, mean, variance, weight, bias, training=False, eps=norm.eps).view(hidden.shape)
+    found = F.batch_norm(flat, mean.flatten(), variance.flatten(), weight, bias, training=False, eps=norm.eps)
+    return found.view(hidden.shape)

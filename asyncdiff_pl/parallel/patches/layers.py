@@ -1,4 +1,4 @@
-"""Which modules of a UNet look beyond a patch, and the hooks that let them."""
+"""Which modules of a UNet look beyond a patch, and the hooks that let them; with the compiled blocks around them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from asyncdiff_pl.parallel.hooks import install, uninstall
-from asyncdiff_pl.parallel.patches.attention import extend, self_attentions, spatial_transformers
+from asyncdiff_pl.parallel.compiling import Compiled, can_gain
+from asyncdiff_pl.parallel.hooks import HOOK, Run, install, uninstall
+from asyncdiff_pl.parallel.patches.attention import extend, seen_rows, self_attentions, spatial_transformers
 from asyncdiff_pl.parallel.patches.convolution import Halo, convolve
 from asyncdiff_pl.parallel.patches.group_norm import normalise
+from asyncdiff_pl.parallel.patches.rows import ROWS
+from asyncdiff_pl.parallel.patches.sites import Now, Site
 from asyncdiff_pl.parallel.patches.step import PatchStep
+
+Call = Callable[..., Any]
 
 
 class PatchLayers:
@@ -22,18 +27,19 @@ class PatchLayers:
 
     Args:
         denoiser: The network.
+        compiled: What torch compiles of it; None for nothing.
 
     Raises:
         ValueError: It has a module that cannot be run in patches.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, compiled: Compiled | None = None) -> None:
         self._denoiser = denoiser
+        self._compiled = compiled
         self._hooked: list[nn.Module] = []
-        self._step: PatchStep | None = None
-        self._columns = 0
+        self._now = Now()
         self._seen_by = 0
-        self._extended: dict[str, list[torch.Tensor]] = {}
+        self._extended: dict[Site, list[torch.Tensor]] = {}
         self.look_again()
 
     def look_again(self) -> None:
@@ -43,80 +49,135 @@ class PatchLayers:
             ValueError: There is a module now that cannot be run in patches.
         """
         denoiser = self._denoiser
-        hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
+        pieces = {} if self._compiled is None else {part: name for name, part in self._compiled.parts.items()}
+        hooks: dict[nn.Module, Run] = {}
         for name, module in denoiser.named_modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
+            if _has_halo(module):
                 halo = Halo.of(module, name)
                 if not halo.is_empty:
-                    hooks.append((module, self._convolution(name, module, halo)))
+                    hooks[module] = self._layer(convolve, name, module, halo)
             elif isinstance(module, nn.GroupNorm):
-                hooks.append((module, self._group_norm(name, module)))
-        hooks += [(transformer, self._run_transformer) for _, transformer in spatial_transformers(denoiser)]
+                hooks[module] = self._layer(normalise, name, module, is_piece=module in pieces)
+            elif module in pieces:
+                hooks[module] = self._piece(name)
+        for name, transformer in spatial_transformers(denoiser):
+            hooks[transformer] = self._transformer(name)
         for name, attention in self_attentions(denoiser):
-            hooks.append((attention, self._run_attention))
+            hooks[attention] = self._run_attention
             for projection in ("to_k", "to_v"):
-                hooks.append((getattr(attention, projection), self._projection(f"{name}.{projection}")))
+                hooks[getattr(attention, projection)] = self._projection(f"{name}.{projection}")
         # all or none: what cannot be run has been told by now
-        found = [module for module, _ in hooks]
+        found = list(hooks)
         if found == self._hooked:
             return
         for module in self._hooked:
             uninstall(module)
-        for module, run in hooks:
-            install(module, run)
+        for module, run in hooks.items():
+            _install(module, run)
         self._hooked = found
 
     @contextlib.contextmanager
-    def running(self, step: PatchStep) -> Iterator[None]:
-        """Has the layers look beyond the own patches, as a step wants it."""
-        self._step = step
+    def running(self, step: PatchStep, device: torch.device) -> Iterator[None]:
+        """Has the layers look beyond the own patches, as a step wants it.
+
+        Args:
+            step: The step.
+            device: Where it is computed.
+        """
+        now = self._now
+        if now.order.device != device:
+            # tensors made in inference mode could not be written outside of it
+            with torch.inference_mode(False):
+                now.order = now.order.to(device)
+        now.step = step
         try:
             yield
         finally:
-            self._step = None
+            now.step = None
             self._extended.clear()
 
-    def _convolution(self, name: str, module: nn.Conv2d, halo: Halo) -> Callable[..., Any]:
-        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (
-                convolve(name, module, halo, *args, **kwargs, step=self._step) if self._step else call(*args, **kwargs)
-            )
+    def _compile(self, name: str, call: Call) -> Call:
+        return call if self._compiled is None else self._compiled.wrap(name, call)
+
+    def _piece(self, name: str) -> Run:
+        def run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._now.step is not None:
+                call = self._compile(name, call)
+            return call(*args, **kwargs)
 
         return run
 
-    def _group_norm(self, name: str, module: nn.GroupNorm) -> Callable[..., Any]:
-        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._step is None:
+    def _layer(self, compute: Call, name: str, *about: Any, is_piece: bool = False) -> Run:
+        site, now = Site(name, self._now), self._now
+
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            return compute(site, *about, *args, **kwargs)
+
+        def run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if now.step is None:
                 return call(*args, **kwargs)
-            return normalise(name, module, *args, **kwargs, step=self._step)
+            return (self._compile(name, instead) if is_piece else instead)(*args, **kwargs)
 
         return run
 
-    def _run_transformer(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._columns = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).shape[-1]
-        return call(*args, **kwargs)
+    def _transformer(self, name: str) -> Run:
+        now = self._now
 
-    def _run_attention(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step = self._step
+        def run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if now.step is None:
+                return call(*args, **kwargs)
+            hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+            now.columns, now.seen = hidden.shape[-1], seen_rows(hidden.shape[ROWS], now.step)
+            return self._compile(name, call)(*args, **kwargs)
+
+        return run
+
+    def _run_attention(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step = self._now.step
         if step is None or len(step.rows.own) == 1:
             return call(*args, **kwargs)
         # one process plays all patches: each sees other keys and values, of which its own rows are kept
         found = []
         for self._seen_by in range(step.rows.patches):
-            grid = call(*args, **kwargs).unflatten(1, (-1, self._columns))
+            grid = call(*args, **kwargs).unflatten(1, (-1, self._now.columns))
             found.append(step.rows.split(grid, dim=1)[self._seen_by].flatten(1, 2))
         self._seen_by = 0
         self._extended.clear()
         return torch.cat(found, 1)
 
-    def _projection(self, name: str) -> Callable[..., Any]:
-        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._step is None:
+    def _projection(self, name: str) -> Run:
+        site, now = Site(name, self._now), self._now
+
+        def run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if now.step is None:
                 return call(*args, **kwargs)
-            if len(self._step.rows.own) == 1:
-                return extend(name, call(*args, **kwargs), self._columns, self._step)[0]
-            if name not in self._extended:
-                self._extended[name] = extend(name, call(*args, **kwargs), self._columns, self._step)
-            return self._extended[name][self._seen_by]
+            if len(now.step.rows.own) == 1:
+                return extend(site, call(*args, **kwargs))[0]
+            if site not in self._extended:
+                self._extended[site] = extend(site, call(*args, **kwargs))
+            return self._extended[site][self._seen_by]
 
         return run
+
+
+def _install(module: nn.Module, run: Run) -> None:
+    """Has `run` called in place of a module's forward, as a plain function.
+
+    Torch would compile each block anew in which the forward of a layer is the partial object of diffusers' registry.
+    """
+    install(module, run)
+    own_forward = module._diffusers_hook.get_hook(HOOK).fn_ref.original_forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(own_forward, args, kwargs)
+
+    module.forward = forward
+
+
+def gains_in_patches(part: nn.Module) -> bool:
+    """Whether compiling a module gains anything where convolutions have rows put around their input."""
+    return can_gain(part) or (not isinstance(part, nn.Conv2d) and any(_has_halo(each) for each in part.modules()))
+
+
+def _has_halo(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1

@@ -20,16 +20,18 @@ from diffusers import UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalC
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import Halves, find_latents, join_halves
 from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
-from asyncdiff_pl.parallel.patches.layers import PatchLayers
+from asyncdiff_pl.parallel.patches.layers import PatchLayers, gains_in_patches
 from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, row_unit, shares
 from asyncdiff_pl.parallel.patches.settings import PatchSettings, Source
 from asyncdiff_pl.parallel.patches.step import PatchStep
 from asyncdiff_pl.parallel.patches.traffic import LocalSwap, RankSwap, Traffic
 from asyncdiff_pl.parallel.phases import Inputs, Made, Phase, Phases
 from asyncdiff_pl.parallel.recordings import Recordings
+from asyncdiff_pl.parallel.stages.units import split_modules
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 
 KINDS = (UNet2DConditionModel, UNetSpatioTemporalConditionModel, UNetMotionModel)
@@ -50,6 +52,7 @@ class _Stream:
     """One of the denoiser calls that a step makes, for the latents that it has."""
 
     signature: Any
+    device: torch.device
     rows: Rows
     traffics: list[Traffic]
     begins: int = 0
@@ -129,8 +132,13 @@ class PatchPipeline(TrajectoryListener):
         self._unit = row_unit(denoiser)
         self._streams: dict[int, _Stream] = {}
         self._last_exact: int | None = None
-        self._layers = PatchLayers(denoiser)
-        install(denoiser, self._run_denoiser)
+        self._met: set[Any] = set()
+        self._compiled: Compiled | None = None
+        if settings.compile != "none":
+            self._compiled = Compiled(denoiser, split_modules(denoiser)[1], gains_in_patches)
+        self._layers = PatchLayers(denoiser, self._compiled)
+        run = self._run_denoiser
+        install(denoiser, run if self._compiled is None else self._compiled.allowing_all_kinds(run))
         trajectory.subscribe(self)
 
     # -- handle -------------------------------------------------------------------------------------------------
@@ -156,6 +164,8 @@ class PatchPipeline(TrajectoryListener):
         self.reset()
         self.trajectory.unsubscribe(self)
         uninstall(self.denoiser)
+        if self._compiled is not None:
+            self._compiled.remove()
 
     # -- what the trajectory tells ------------------------------------------------------------------------------
 
@@ -238,7 +248,7 @@ class PatchPipeline(TrajectoryListener):
             )
         for name in IN_ROWS & bound.arguments.keys():
             bound.arguments[name] = tree_map_only(torch.Tensor, stream.rows.take, bound.arguments[name])
-        with self._layers.running(step):
+        with self._layers.running(step, stream.device):
             result = call(*bound.args, **bound.kwargs)
         leaves, stream.result = tree_flatten(result)
         return [self._gather(leaf, stream.rows, step.traffic) for leaf in leaves]
@@ -261,8 +271,14 @@ class PatchPipeline(TrajectoryListener):
             rows = Rows(shares(latents.shape[ROWS], self.settings.layout.patches, self._unit), self._own)
             is_double = self.settings.mode != "no_sync"
             traffics = [Traffic(self._swap, is_double) for _ in self._halves_here]
-            stream = self._streams[trajectory.call] = _Stream(signature, rows, traffics, position)
+            stream = self._streams[trajectory.call] = _Stream(signature, latents.device, rows, traffics, position)
             self.recordings.begin(stream, latents.device)
+            if self._compiled is not None:
+                self._compiled.prepare(latents.device)
+                trajectory.has_one_time_work |= signature not in self._met
+                self._met.add(signature)
+                # weights may have another layout now
+                self.recordings.look_again()
         elif stream.next_position != position:
             # a new sample, or a call after steps without it
             for traffic in stream.traffics:

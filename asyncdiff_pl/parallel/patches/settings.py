@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Literal, get_args
 
 from asyncdiff_pl.parallel.layout import Layout
+from asyncdiff_pl.parallel.stages.settings import CompileMode
 
 PatchMode = Literal[
     "full_sync", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "naive"
@@ -51,6 +52,7 @@ class PatchSettings:
         warm_up: Synchronous steps at the start of each sample.
         portion: Share of the neighbours' rows that self-attention sees after warm-up; 1 is all rows of all patches.
         capture: Whether the steps are recorded as CUDA graphs and replayed.
+        compile: What torch compiles: nothing, or the repeated blocks.
 
     Raises:
         ValueError: A setting is out of range, or two do not go together.
@@ -61,6 +63,7 @@ class PatchSettings:
     warm_up: int = 4
     portion: float = 1.0
     capture: bool = False
+    compile: CompileMode = "none"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -74,6 +77,11 @@ class PatchSettings:
             raise ValueError(
                 f"mode {self.mode} {why}, and portion {self.portion} is for modes with stale rows: take portion 1, or "
                 "a mode such as corrected_async_gn."
+            )
+        if self.compile == "full" and self.layout.patches > 1:
+            raise ValueError(
+                f"compile full takes a denoiser that is whole, and patches is {self.layout.patches}; take compile "
+                "blocks."
             )
 
     def is_synchronous(self, step: int) -> bool:

@@ -143,7 +143,7 @@ class Traffic:
 
         Args:
             name: Name of the layer.
-            sends: As for `now`; what comes in is like what came in the step before.
+            sends: As for `now`, in memory of their own; what comes in is like what came in the step before.
             own: What the own patches have.
         """
         like = self._layers[name].others[self.parity]
@@ -212,8 +212,8 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def contiguous(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:
-    """Copies of parcels, each in memory of its own: what they are cut from may change."""
+def cloned(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:
+    """Copies of parcels, each in memory of its own: what they are cut from may change before they have left."""
     return [
         {patch: tensor.clone(memory_format=torch.contiguous_format) for patch, tensor in parcel.items()}
         for parcel in parcels
