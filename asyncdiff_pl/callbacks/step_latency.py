@@ -70,9 +70,8 @@ class Stopwatch(TrajectoryListener):
     def __init__(self, device: torch.device, handle: Parallel | None = None) -> None:
         self._clock = Clock(device)
         self.exact_steps: list[int] = []
-        """Exact steps of each run since the last reading, in order; empty without stages or patches to be exact."""
-        is_cut = handle is not None and max(handle.layout.stages, handle.layout.patches) > 1
-        self._handle = handle if is_cut else None
+        """Exact steps of each run since the last reading, in order; empty where all are."""
+        self._handle = handle if handle is not None and handle.layout.ranks_per_half > 1 else None
         self._runs: list[list[Any]] = []
 
     @override
@@ -118,8 +117,8 @@ class Moments(NamedTuple):
 class StepLatency(Callback):
     """Sets `step_latency_ms` of each prediction, its mean time of a step in ms, and logs every step.
 
-    With stages or patches it sets `exact_steps` as well, how many of the steps were computed exactly (warm-up and
-    refreshes).
+    With stages, patches or several steps at a time it sets `exact_steps` as well, how many of the steps were computed
+    exactly (warm-up and refreshes).
 
     TensorBoard shows, of rank 0's data group, the histogram `step_latency_ms/steps=<n>` and the seconds of each call,
     `call_seconds/steps=<n>`; at the end, of all data groups, the curve over the steps,

@@ -20,6 +20,7 @@ from asyncdiff_pl.report.sheet import draw_sheet, scaled, some_of
 
 DESCRIBED = (
     *("model", "weights", "scheduler", "strategy", "stages", "stride", "patches", "mode", "warm_up", "portion"),
+    "parallel_steps",
     *("refresh_every", "time_shift", "cfg", "simulate", "world_size", "data_groups", "device", "dtype", "seed"),
     *("torch", "diffusers"),
 )

@@ -21,6 +21,7 @@ from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary
 from asyncdiff_pl.parallel.stages.cut import find_cut, resolve_cut
 from asyncdiff_pl.parallel.stages.stopwatch import denoising_rate
 from asyncdiff_pl.parallel.stages.units import trace
+from asyncdiff_pl.parallel.steps.settings import round_of
 from asyncdiff_pl.parallel.warm_up import count_exact, noise_levels, span_of
 
 BYTES_PER_PIXEL = {"png": 1.45, "gif": 0.65, "webp": 0.2, "none": 0.0}
@@ -42,7 +43,7 @@ class Cost(NamedTuple):
 
     Args:
         flops: Floating-point operations of one whole call (of one half of the guidance batch with cfg 2).
-        shares: Share of them in each stage or patch.
+        shares: Share of them in each stage or patch, or for each of the steps at a time.
         cut: How the denoiser is cut, for people; empty where it is not.
     """
 
@@ -94,7 +95,7 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
             if cost.cut:
                 lines["cut"] = cost.cut
             exact = {n: _exact_steps(strategy, module, n) for n in steps}
-            if getattr(strategy, "stages", 1) > 1:
+            if max(getattr(strategy, "stages", 1), getattr(strategy, "steps", 1)) > 1:
                 lines["exact"] = _exact(strategy, exact)
             lines["time"] = _time(trainer, cost, left, exact, groups, module.torch_dtype)
         lines["disk"] = (
@@ -145,6 +146,10 @@ def _cost(strategy: Any, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         each = shares(rows, patches, row_unit(twin))
         text = f"patches of {', '.join(map(str, each))} of the latents' {rows} rows"
         return Cost(total, tuple(own / rows for own in each), text)
+    steps = getattr(strategy, "steps", 1)
+    if steps > 1:
+        # a call is whole, and serves as many steps
+        return Cost(total, (1 / steps,) * steps)
     stages = getattr(strategy, "stages", 1)
     if stages == 1:
         return Cost(total, (1.0,))
@@ -191,7 +196,7 @@ def _exact(strategy: Any, exact: dict[int, tuple[int, int]]) -> str:
     text = f"{', '.join(texts)} steps of a sample"
     if not isinstance(strategy.warm_up, int):
         text += f" (warm-up {strategy.warm_up})"
-    if strategy.refresh_every is not None:
+    if getattr(strategy, "refresh_every", None) is not None:
         text += f", with a refresh each {strategy.refresh_every} steps"
     return text
 
@@ -204,6 +209,10 @@ def _exact_steps(strategy: Any, module: LightningModule, num_steps: int) -> tupl
     """The fewest and the most steps of a sample that every rank computes whole."""
     if getattr(strategy, "patches", 1) > 1:
         return 0, 0
+    at_a_time = getattr(strategy, "steps", 1)
+    if at_a_time > 1:
+        exact = sum(round_of(n, num_steps, at_a_time, strategy.warm_up) is None for n in range(num_steps))
+        return exact, exact
     if getattr(strategy, "stages", 1) == 1:
         return num_steps, num_steps
     span = span_of(strategy.warm_up, _noise_levels(module, num_steps))

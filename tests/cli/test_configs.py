@@ -17,6 +17,7 @@ ISSUE = {
     *("sdxl_controlnet_n2", "sd3_n2", "sd3_n4", "upscale_n2", "animatediff_n2", "animatediff_n3", "animatediff_n4"),
     *("sdxl_patch4", "sdxl_pcpp4", "svd_patch4", "animatediff_patch2", "sd15_patch2", "demo_patch", "sdxl_coco"),
     *("dit_n2", "flux_n2", "demo_image", "demo", "svd_n2", "svd_n3", "svd_n4", "svd_cfg2_n2", "svd_n3s2", "svd_eval"),
+    *("svd_steps2", "svd_cfg2_steps2", "sdxl_cfg2_steps2", "demo_steps"),
 }
 
 
@@ -35,7 +36,7 @@ def test_a_config_says_what_it_is_and_has_the_devices_of_its_layout(name):
     assert first.endswith(".")
     config = read(name)
     strategy = config["trainer"]["strategy"]["init_args"]
-    axes = {axis: strategy.get(axis, 1) for axis in ("stages", "stride", "cfg", "patches")}
+    axes = {axis: strategy.get(axis, 1) for axis in ("stages", "stride", "cfg", "patches", "steps")}
     layout = Layout(**axes)
     assert layout.ranks_per_half > 1 or name == "svd_sequential"
     assert config["trainer"]["devices"] == layout.pipeline_ranks
