@@ -25,6 +25,8 @@ from asyncdiff_pl.parallel.stages.cut import cut_hash
 from asyncdiff_pl.parallel.stages.pipeline import StagePipeline
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.settings import BalanceMode, CompileMode, Settings, WarmUpMode
+from asyncdiff_pl.parallel.steps.pipeline import StepPipeline
+from asyncdiff_pl.parallel.steps.settings import StepSettings
 from asyncdiff_pl.parallel.trajectory import Trajectory
 from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
 
@@ -33,7 +35,7 @@ class Parallel:
     """What `parallelize` installed on a denoiser.
 
     Args:
-        pipeline: The installed stages or patches; None where one rank computes everything.
+        pipeline: The installed stages, patches or steps; None where one rank computes everything.
         agreement: What keeps the ranks equal; None in one process.
         trajectory: Where the pipeline stands.
         host_side: What keeps the CPU ahead of the GPU; None where the trajectory's owner did that.
@@ -43,7 +45,7 @@ class Parallel:
 
     def __init__(
         self,
-        pipeline: StagePipeline | PatchPipeline | None,
+        pipeline: StagePipeline | PatchPipeline | StepPipeline | None,
         agreement: Agreement | None,
         trajectory: Trajectory,
         host_side: HostSide | None,
@@ -81,7 +83,7 @@ class Parallel:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of boundary tensors, or of patches' rows and moments, that this process has sent so far."""
+        """Bytes of boundary tensors, patches' rows and moments, or estimates that this process has sent so far."""
         return self._pipeline.sent_bytes if self._pipeline else 0
 
     @property
@@ -96,7 +98,7 @@ class Parallel:
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of one asynchronous step: for stages over all ranks of a half, for patches as sent here."""
+        """Bytes of one asynchronous step: for stages over all ranks of a half, for patches and steps as sent here."""
         return self._pipeline.bytes_per_step if self._pipeline else 0
 
     @property
@@ -148,6 +150,7 @@ def parallelize(
     patches: int = 1,
     mode: PatchMode = "full_sync",
     portion: float = 1.0,
+    steps: int = 1,
     cut: Sequence[Sequence[str]] | None = None,
     capture: bool = False,
     compile: CompileMode = "none",
@@ -162,10 +165,10 @@ def parallelize(
     trajectory: Trajectory | None = None,
     groups: Groups | None = None,
 ) -> Parallel:
-    """Runs a pipeline's denoiser in asynchronous stages, or in patches, on the ranks of an initialised process group.
+    """Runs a pipeline's denoiser in asynchronous stages, in patches, or several steps at a time, on several ranks.
 
-    Every rank calls this once with the same arguments, then runs the pipeline as always, with the same inputs and seed.
-    Ranks beyond one pipeline's form further groups, which may run other samples.
+    Every rank of an initialised process group calls this once with the same arguments, then runs the pipeline as
+    always, with the same inputs and seed. Ranks beyond one pipeline's form further groups, which may run other samples.
 
     Args:
         pipe: A diffusers pipeline, or a bare denoiser with `scheduler` given.
@@ -182,6 +185,8 @@ def parallelize(
             last synchronous step; "naive" sees none.
         portion: Share of the neighbours' rows, 0 to 1, that self-attention sees after warm-up, and that is sent; 1 is
             all rows of all patches.
+        steps: Steps that are computed at a time after warm-up, each by a rank, from latents that the rank foresees; in
+            place of stages and patches.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU
             then launches a step at once. Needs an NVIDIA GPU. What changes in the network (adapters, their scales)
@@ -214,10 +219,11 @@ def parallelize(
     Raises:
         ValueError: A setting is out of range, the ranks do not fit the layout, or the denoiser is in use already.
     """
-    layout = Layout(stages, stride, cfg, patches=patches)
+    layout = Layout(stages, stride, cfg, patches=patches, steps=steps)
     patch_settings = None
-    if patches > 1:
-        check_beside_patches(
+    if patches > 1 or steps > 1:
+        check_without_stages(
+            "patches" if patches > 1 else "steps",
             warm_up=warm_up,
             refresh_every=refresh_every,
             time_shift=time_shift,
@@ -227,6 +233,7 @@ def parallelize(
             folded=folded,
         )
         assert isinstance(warm_up, int)
+    if patches > 1:
         patch_settings = PatchSettings(layout, mode, warm_up, portion, capture, compile)
     elif (mode, portion) != ("full_sync", 1.0):
         raise ValueError(f"mode {mode} and portion {portion} are for patches, and patches is 1; give 2 or more.")
@@ -258,7 +265,7 @@ def parallelize(
     if trajectory is None:
         trajectory = Trajectory(denoiser, scheduler_in_use)
         host_side = HostSide(pipe, denoiser, trajectory)
-    pipeline: StagePipeline | PatchPipeline | None = None
+    pipeline: StagePipeline | PatchPipeline | StepPipeline | None = None
     agreement = None
     if patch_settings is not None:
         try:
@@ -268,6 +275,10 @@ def parallelize(
                 host_side.remove()
                 trajectory.remove()
             raise
+    elif steps > 1:
+        assert isinstance(warm_up, int)
+        step_settings = StepSettings(layout, warm_up, capture, compile)
+        pipeline = StepPipeline(denoiser, trajectory, step_settings, exchange, coordinates)
     # one rank alone is captured and compiled as well
     elif layout.pipeline_ranks > 1 or capture or compile != "none":
         settings = Settings(
@@ -304,18 +315,22 @@ def check_settings(
         raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
 
 
-def check_beside_patches(**settings: Any) -> None:
-    """Checks that patches are not given what belongs to stages.
+def check_without_stages(asked_for: str, **settings: Any) -> None:
+    """Checks that patches, or steps, are not given what belongs to stages.
+
+    Args:
+        asked_for: What the ranks share out.
+        **settings: What may be for stages.
 
     Raises:
         ValueError: They are.
     """
     if not isinstance(settings["warm_up"], int):
-        raise ValueError(f"patches take a number of synchronous steps as warm_up, and it is {settings['warm_up']}.")
+        raise ValueError(f"{asked_for} take a number of synchronous steps as warm_up, and it is {settings['warm_up']}.")
     defaults = inspect.signature(parallelize).parameters
     for name, value in settings.items():
         if name != "warm_up" and value != defaults[name].default:
-            raise ValueError(f"{name} is for stages, and patches are asked for; leave {name} at its default.")
+            raise ValueError(f"{name} is for stages, and {asked_for} are asked for; leave {name} at its default.")
 
 
 def check_modes(
