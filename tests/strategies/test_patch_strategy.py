@@ -73,7 +73,7 @@ def test_who_runs_which_samples():
 
 def test_describe_names_every_setting_but_the_timeout():
     given = {"patches": 3, "mode": "stale_gn", "warm_up": 2, "portion": 0.5, "cfg": 2}
-    given |= {"capture": True, "share_encoding": True, "simulate": True}
+    given |= {"capture": True, "compile": "blocks", "share_encoding": True, "simulate": True}
     assert PatchStrategy(**given).describe() == {"strategy": "patches"} | given
     assert set(inspect.signature(PatchStrategy).parameters) - set(given) == {"timeout"}
 
