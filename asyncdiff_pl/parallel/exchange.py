@@ -151,12 +151,25 @@ class Exchange:
         Returns:
             The messages, all of which must be waited for.
         """
+        return self.swap_together([(sends, receives)], what)
+
+    def swap_together(
+        self, parcels: Sequence[tuple[Mapping[int, torch.Tensor], Mapping[int, torch.Tensor]]], what: str
+    ) -> list[Pending]:
+        """Posts several such messages for each of the ranks at once, which NCCL launches together.
+
+        Args:
+            parcels: As for `swap`, on all ranks in the same order.
+            what: What travels, for reports.
+        """
         group = self.groups.half
-        posts = [dist.P2POp(dist.isend, tensor, group=group, group_peer=rank) for rank, tensor in sends.items()]
-        posts += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=rank) for rank, tensor in receives.items()]
+        posts = []
+        for sends, receives in parcels:
+            posts += [dist.P2POp(dist.isend, tensor, group=group, group_peer=rank) for rank, tensor in sends.items()]
+            posts += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=rank) for rank, tensor in receives.items()]
+            self.sent_bytes += sum(tensor.nbytes for tensor in sends.values())
         if not posts:
             return []
-        self.sent_bytes += sum(tensor.nbytes for tensor in sends.values())
         text = f"rank {dist.get_rank()}: {what}"
         return [self._watched(work, text) for work in dist.batch_isend_irecv(posts)]
 

@@ -83,9 +83,9 @@ def test_what_is_asked_of_other_patches_keeps_its_order(monkeypatch):
     torch._dynamo.reset()
     for kind, told in names.items():
 
-        def watched(swap, sends, receives, what, told=told):
+        def watched(swap, parcels, what, told=told):
             told.append(what)
-            return post(swap, sends, receives, what)
+            return post(swap, parcels, what)
 
         monkeypatch.setattr(LocalSwap, "post", watched)
         sample(one_level(), tall("sd21", 6, torch.float64), steps=1, compile="blocks" if kind == "compile" else "none")

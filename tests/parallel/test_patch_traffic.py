@@ -155,10 +155,11 @@ def test_who_sends_to_whom(monkeypatch, portion, furthest):
     norms = {path for path, module in denoiser_of("sdxl").named_modules() if isinstance(module, nn.GroupNorm)}
     post = LocalSwap.post
 
-    def watched(swap, sends, receives, what):
+    def watched(swap, parcels, what):
         kind = "moments" if what in norms else "tokens" if what.endswith(("to_k", "to_v")) else "halos"
-        distances[kind] |= {abs(patch - other) for patch, parcel in enumerate(sends) for other in parcel}
-        return post(swap, sends, receives, what)
+        for sends, _ in parcels:
+            distances[kind] |= {abs(patch - other) for patch, parcel in enumerate(sends) for other in parcel}
+        return post(swap, parcels, what)
 
     def before_step(step):
         if step == 1:

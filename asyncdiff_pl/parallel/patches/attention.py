@@ -1,7 +1,8 @@
 """Spatial self-attention of a patch: queries of its own rows, keys and values of others' rows as well.
 
-The projections to keys and values give more tokens than they are given; all else is the attention processor's, so that
-whatever was set or loaded there keeps its effect. Attention to texts and over time needs nothing of other patches.
+The projections to keys and values give more tokens than they are given, and what both need travels together; all else
+is the attention processor's, so that whatever was set or loaded there keeps its effect. Attention to texts and over
+time needs nothing of other patches.
 
 Source: DistriFusion (arXiv 2402.19481), section 4; PCPP (arXiv 2412.02962), section 3, for a part of the rows.
 """
@@ -61,22 +62,23 @@ def self_attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
             raise ValueError(f"{name} is an attention of a kind that patches do not know; take stages or cfg.")
 
 
-def extend(site: Site, projected: torch.Tensor) -> list[torch.Tensor]:
-    """Keys or values that each own patch sees.
+def extend(site: Site, keys: torch.Tensor, values: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Keys and values that each own patch sees.
 
     Args:
-        site: Which projection it is.
-        projected: [B, H · W, C] of the own patches' rows.
+        site: Which attention it is.
+        keys: [B, H · W, C] of the own patches' rows.
+        values: The same.
 
     Returns:
-        For each own patch [B, H' · W, C], in the order of the rows.
+        Keys, then values: for each own patch [B, H' · W, C], in the order of the rows.
     """
     now = site.now
     if torch.compiler.is_compiling():
-        found = _extend_operation(projected, now.columns, sum(now.seen), site.number, now.order)
+        both = _extend_operation(keys, values, now.columns, sum(now.seen), site.number, now.order)
     else:
-        found = _extend(projected, now.columns, site.name, site.step)
-    return list(found.split([rows * now.columns for rows in now.seen], 1))
+        both = _extend(keys, values, now.columns, site.name, site.step)
+    return [list(each.split([rows * now.columns for rows in now.seen], 1)) for each in both]
 
 
 def seen_rows(height: int, step: PatchStep) -> tuple[int, ...]:
@@ -96,39 +98,52 @@ def seen_rows(height: int, step: PatchStep) -> tuple[int, ...]:
     )
 
 
-def _extend(projected: torch.Tensor, columns: int, name: str, step: PatchStep) -> torch.Tensor:
-    """Keys or values that the own patches see, one patch after the other, [B, tokens, C]."""
+def _extend(
+    keys: torch.Tensor, values: torch.Tensor, columns: int, name: str, step: PatchStep
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that the own patches see, one patch after the other, [B, tokens, C]."""
     rows, traffic = step.rows, step.traffic
-    grid = projected.unflatten(1, (-1, columns))
-    parts, sizes = rows.split(grid, dim=1), rows.at(grid.shape[1])
-    received: Parcels = [{} for _ in parts]
+    names = f"{name}.to_k", f"{name}.to_v"
+    grids = [each.unflatten(1, (-1, columns)) for each in (keys, values)]
+    parts, sizes = [rows.split(grid, dim=1) for grid in grids], rows.at(grids[0].shape[1])
+    received: list[Parcels] = [[{} for _ in each] for each in parts]
     if step.source is Source.FRESH:
         # a synchronous step sees all rows
-        received = traffic.now(_sends(parts, rows, sizes, 1.0), _receives(parts, rows, sizes, 1.0), name)
+        received = [_receives(each, rows, sizes, 1.0) for each in parts]
+        sends = [_sends(each, rows, sizes, 1.0) for each in parts]
+        traffic.now_together(list(zip(sends, received, strict=True)), name)
         if step.keeps_rows:
-            traffic.keep(name, _seen(received, rows, sizes, step.portion))
+            for own_name, each in zip(names, received, strict=True):
+                traffic.keep(own_name, _seen(each, rows, sizes, step.portion))
     elif step.source is not Source.NONE:
-        received = traffic.before(name)
+        received = [traffic.before(own_name) for own_name in names]
         if step.sends:
-            traffic.later(name, cloned(_sends(parts, rows, sizes, step.portion)))
-    seen = []
-    for patch, part, others in zip(rows.own, parts, received, strict=True):
-        each = others | {patch: part}
-        seen += [each[number] for number in sorted(each)]
-    return torch.cat(seen, 1).flatten(1, 2)
+            for own_name, each in zip(names, parts, strict=True):
+                traffic.later(own_name, cloned(_sends(each, rows, sizes, step.portion)))
+    found = []
+    for own, of_others in zip(parts, received, strict=True):
+        seen = []
+        for patch, part, others in zip(rows.own, own, of_others, strict=True):
+            each = others | {patch: part}
+            seen += [each[number] for number in sorted(each)]
+        found.append(torch.cat(seen, 1).flatten(1, 2))
+    return found[0], found[1]
 
 
 @torch.library.custom_op("asyncdiff_pl::extend", mutates_args={"order"})
 def _extend_operation(
-    projected: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
+    keys: torch.Tensor, values: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     it = site_of(site)
-    return _extend(projected, columns, it.name, it.step)
+    return _extend(keys, values, columns, it.name, it.step)
 
 
 @_extend_operation.register_fake
-def _(projected: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return projected.new_empty(projected.shape[0], rows * columns, projected.shape[2])
+def _(
+    keys: torch.Tensor, values: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = [each.new_empty(each.shape[0], rows * columns, each.shape[2]) for each in (keys, values)]
+    return found[0], found[1]
 
 
 def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:

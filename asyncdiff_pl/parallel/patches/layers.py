@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -38,8 +39,6 @@ class PatchLayers:
         self._compiled = compiled
         self._hooked: list[nn.Module] = []
         self._now = Now()
-        self._seen_by = 0
-        self._extended: dict[Site, list[torch.Tensor]] = {}
         self.look_again()
 
     def look_again(self) -> None:
@@ -63,9 +62,8 @@ class PatchLayers:
         for name, transformer in spatial_transformers(denoiser):
             hooks[transformer] = self._transformer(name)
         for name, attention in self_attentions(denoiser):
-            hooks[attention] = self._run_attention
-            for projection in ("to_k", "to_v"):
-                hooks[getattr(attention, projection)] = self._projection(f"{name}.{projection}")
+            modules = attention, attention.to_k, attention.to_v
+            hooks |= dict(zip(modules, self._attention(name, attention), strict=True))
         # all or none: what cannot be run has been told by now
         found = list(hooks)
         if found == self._hooked:
@@ -93,8 +91,7 @@ class PatchLayers:
         try:
             yield
         finally:
-            now.step = None
-            self._extended.clear()
+            now.step = now.extended = None
 
     def _compile(self, name: str, call: Call) -> Call:
         return call if self._compiled is None else self._compiled.wrap(name, call)
@@ -132,32 +129,41 @@ class PatchLayers:
 
         return run
 
-    def _run_attention(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step = self._now.step
-        if step is None or len(step.rows.own) == 1:
-            return call(*args, **kwargs)
-        # one process plays all patches: each sees other keys and values, of which its own rows are kept
-        found = []
-        for self._seen_by in range(step.rows.patches):
-            grid = call(*args, **kwargs).unflatten(1, (-1, self._now.columns))
-            found.append(step.rows.split(grid, dim=1)[self._seen_by].flatten(1, 2))
-        self._seen_by = 0
-        self._extended.clear()
-        return torch.cat(found, 1)
-
-    def _projection(self, name: str) -> Run:
+    def _attention(self, name: str, attention: Attention) -> tuple[Run, Run, Run]:
+        """Calls in place of an attention, of its projection to keys and of that to values."""
         site, now = Site(name, self._now), self._now
 
         def run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            step = now.step
+            if step is None or len(step.rows.own) == 1:
+                result = call(*args, **kwargs)
+                now.extended = None
+                return result
+            # one process plays all patches: each sees other keys and values, of which its own rows are kept
+            found = []
+            for now.seen_by in range(step.rows.patches):
+                grid = call(*args, **kwargs).unflatten(1, (-1, now.columns))
+                found.append(step.rows.split(grid, dim=1)[now.seen_by].flatten(1, 2))
+            now.seen_by, now.extended = 0, None
+            return torch.cat(found, 1)
+
+        def run_keys(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if now.step is None:
                 return call(*args, **kwargs)
-            if len(now.step.rows.own) == 1:
-                return extend(site, call(*args, **kwargs))[0]
-            if site not in self._extended:
-                self._extended[site] = extend(site, call(*args, **kwargs))
-            return self._extended[site][self._seen_by]
+            if now.extended is None:
+                keys = call(*args, **kwargs)
+                # the hook below lets it through
+                values = attention.to_v(*args, **kwargs)
+                now.extended = args[0], extend(site, keys, values)
+            return now.extended[1][0][now.seen_by]
 
-        return run
+        def run_values(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if now.extended is None:
+                return call(*args, **kwargs)
+            assert args[0] is now.extended[0], f"{name} makes values from something else than keys"
+            return now.extended[1][1][now.seen_by]
+
+        return run, run_keys, run_values
 
 
 def _install(module: nn.Module, run: Run) -> None:

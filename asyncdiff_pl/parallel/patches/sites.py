@@ -36,6 +36,10 @@ class Now:
     """Columns of the tokens of the transformer in work."""
     seen: tuple[int, ...] = ()
     """Rows of tokens that each own patch sees in it."""
+    extended: tuple[torch.Tensor, list[list[torch.Tensor]]] | None = None
+    """Of the attention in work: what keys and values are made from, and both as each own patch sees them."""
+    seen_by: int = 0
+    """Which of the own patches attends."""
     order: torch.Tensor = field(default_factory=lambda: _constant(0))
     """What the operations of compiled code seem to write into."""
 

@@ -17,14 +17,17 @@ from asyncdiff_pl.parallel.exchange import Exchange, Pending
 Parcels = list[dict[int, torch.Tensor]]
 """For each patch that this process plays: a tensor for, or from, each of some other patches."""
 
+Trade = tuple[Parcels, Parcels]
+"""What each of the patches that this process plays sends, and its buffers for what it gets."""
+
 
 class Swap(Protocol):
     """Gets parcels from patch to patch."""
 
     sent_bytes: int
 
-    def post(self, sends: Parcels, receives: Parcels, what: str) -> list[Pending]:
-        """Fills `receives` with what the other patches send; not before what it returns was waited for."""
+    def post(self, parcels: Sequence[Trade], what: str) -> list[Pending]:
+        """Has each buffer hold what the other patch sends, as soon as what this returns was waited for."""
 
 
 class RankSwap:
@@ -42,9 +45,9 @@ class RankSwap:
         """Bytes that this rank has sent."""
         return self._exchange.sent_bytes
 
-    def post(self, sends: Parcels, receives: Parcels, what: str) -> list[Pending]:
+    def post(self, parcels: Sequence[Trade], what: str) -> list[Pending]:
         """Posts the messages of this rank's patch."""
-        return self._exchange.swap(sends[0], receives[0], what)
+        return self._exchange.swap_together([(sends[0], receives[0]) for sends, receives in parcels], what)
 
 
 class LocalSwap:
@@ -54,12 +57,13 @@ class LocalSwap:
         self.sent_bytes = 0
         """Bytes that all patches have sent."""
 
-    def post(self, sends: Parcels, receives: Parcels, what: str) -> list[Pending]:
+    def post(self, parcels: Sequence[Trade], what: str) -> list[Pending]:
         """Copies what the patches have for one another."""
-        for patch, buffers in enumerate(receives):
-            for source, buffer in buffers.items():
-                buffer.copy_(sends[source][patch])
-                self.sent_bytes += buffer.nbytes
+        for sends, receives in parcels:
+            for patch, buffers in enumerate(receives):
+                for source, buffer in buffers.items():
+                    buffer.copy_(sends[source][patch])
+                    self.sent_bytes += buffer.nbytes
         return []
 
 
@@ -107,9 +111,18 @@ class Traffic:
             receives: For each own patch buffers for what each of some others sends.
             what: What travels, for reports.
         """
-        for message in self._swap.post(sends, receives, what):
-            message.wait()
+        self.now_together([(sends, receives)], what)
         return receives
+
+    def now_together(self, parcels: Sequence[Trade], what: str) -> None:
+        """Several such exchanges in one, which costs little more than one of them.
+
+        Args:
+            parcels: What is sent, and buffers for what comes in, as for `now`.
+            what: What travels, for reports.
+        """
+        for message in self._swap.post(parcels, what):
+            message.wait()
 
     def keep(self, name: str, received: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
         """Keeps for the next step what came in now.
@@ -148,7 +161,7 @@ class Traffic:
         """
         like = self._layers[name].others[self.parity]
         assert like is not None
-        self._pending[name] = self._swap.post(sends, self._next(name, like), name)
+        self._pending[name] = self._swap.post([(sends, self._next(name, like))], name)
         # until they have left
         self._sent.append(sends)
         self._keep_own(name, own)
