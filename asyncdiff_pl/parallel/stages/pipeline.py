@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from asyncdiff_pl.parallel.compiling import Compiled
+from asyncdiff_pl.parallel.cross_attention import CrossAttentions
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.guidance import Halves
 from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
@@ -86,6 +87,10 @@ class StagePipeline(TrajectoryListener):
         self._compiled: Compiled | None = None
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, pieces if settings.compile == "blocks" else {"": denoiser})
+        self._cross_attentions: CrossAttentions | None = None
+        if settings.capture or settings.compile != "none":
+            # compiled code rounds in its own way already
+            self._cross_attentions = CrossAttentions(denoiser, self._forward, sees_one=settings.compile != "none")
         self._placement: Placement | None = None
         if settings.warm_up_mode == "relay":
             self._placement = Placement(denoiser, pieces, device_of_rank(denoiser))
@@ -126,6 +131,8 @@ class StagePipeline(TrajectoryListener):
         self._streams.drop()
         self.trajectory.unsubscribe(self)
         uninstall(self.denoiser)
+        if self._cross_attentions is not None:
+            self._cross_attentions.remove()
         if self._compiled is not None:
             self._compiled.remove()
         if self._placement is not None:
@@ -138,6 +145,8 @@ class StagePipeline(TrajectoryListener):
         self.exact_steps, self._last_exact = 0, None
         self._streams.begin_sample()
         self.recordings.look_again()
+        if self._cross_attentions is not None:
+            self._cross_attentions.begin_sample()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
@@ -151,6 +160,8 @@ class StagePipeline(TrajectoryListener):
         step = self.trajectory.position - stream.begins
         num_steps = self.trajectory.num_steps - stream.begins
         plan = self._plan(stream, step, num_steps)
+        if self._cross_attentions is not None:
+            self._cross_attentions.follow(stream.signature, inputs)
         if self._compiled is not None:
             call = self._compiled.wrap("", call)
         if plan.is_exact:
@@ -301,6 +312,8 @@ class StagePipeline(TrajectoryListener):
             self._compiled.prepare(stream.device)
         if self.settings.layout.stages > 1:
             self._cut_into_stages(stream, inputs)
+        if self._cross_attentions is not None:
+            self._cross_attentions.look(self._twin, stream.signature, inputs)
         if self._compiled is not None and self._placement is not None:
             # the stage's weights are here by now
             self._compiled.prepare(stream.device)

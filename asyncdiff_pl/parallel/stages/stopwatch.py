@@ -57,8 +57,6 @@ class GraphClock:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._has_warned = False
 
     def __call__(self, name: str, run: Callable[[], Any]) -> int:
@@ -68,31 +66,30 @@ class GraphClock:
             # before a recording, libraries must have set themselves up for the stream
             run()
             times = repeats(self._time(run, 1))
+            graph = torch.cuda.CUDAGraph()
             try:
-                replay = self._record(run, times)
+                self._record(graph, run, times)
+                ms = self._time(graph.replay, ROUNDS)
             except RuntimeError as error:
                 self._warn(name, error)
-                replay, times = run, 1
-                # the allocator may still take this one for the one that is recorded into
-                self._pool = torch.cuda.graph_pool_handle()
-            ms = self._time(replay, ROUNDS)
+                times, ms = 1, self._time(run, ROUNDS)
+            # a unit's memory goes back before the next one takes as much
+            del graph
         return int(1e6 * ms / times)
 
-    def _record(self, run: Callable[[], Any], times: int) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
+    def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Any], times: int) -> None:
         self._stream.synchronize()
-        # `torch.cuda.graph` would empty the allocator's cache each time; threads of NCCL may go on
+        # what the run before took
+        torch.cuda.empty_cache()
+        # unlike `torch.cuda.graph`, without a collection of garbage each time; threads of NCCL may go on
         with torch.inference_mode(False):
             # what it notes of the random state must be writable to later recordings in any mode
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="thread_local")
         try:
             for _ in range(times):
                 run()
         finally:
             graph.capture_end()
-        # recordings share their memory as long as the first one lives, and are replayed only now
-        self._graphs.append(graph)
-        return graph.replay
 
     def _time(self, run: Callable[[], Any], rounds: int) -> float:
         """Median of the milliseconds of some runs."""
