@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from asyncdiff_pl.parallel.agreement import Agreement
+from asyncdiff_pl.parallel.capture import may_capture
 from asyncdiff_pl.parallel.encoders import SharedEncoding
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.hooks import is_installed
@@ -152,7 +153,7 @@ def parallelize(
     portion: float = 1.0,
     steps: int = 1,
     cut: Sequence[Sequence[str]] | None = None,
-    capture: bool = False,
+    capture: bool | None = None,
     compile: CompileMode = "none",
     balance: BalanceMode = "operations",
     warm_up_mode: WarmUpMode = "replicated",
@@ -189,8 +190,9 @@ def parallelize(
             place of stages and patches.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU
-            then launches a step at once. Needs an NVIDIA GPU. What changes in the network (adapters, their scales)
-            counts from the next sample on. `remove` the handle before the process group is destroyed.
+            then launches a step at once. Needs an NVIDIA GPU; None for where there is one. What changes in the network
+            (adapters, their scales) counts from the next sample on. `remove` the handle before the process group is
+            destroyed.
         compile: What torch compiles: "none", "blocks" (the repeated blocks, each kind once) or "full" (the whole
             denoiser; 1 stage and 1 patch only).
         balance: What a found cut balances: "operations", counted, or "measured" times of the denoiser's units on this
@@ -280,7 +282,7 @@ def parallelize(
         step_settings = StepSettings(layout, warm_up, capture, compile)
         pipeline = StepPipeline(denoiser, trajectory, step_settings, exchange, coordinates)
     # one rank alone is captured and compiled as well
-    elif layout.pipeline_ranks > 1 or capture or compile != "none":
+    elif layout.pipeline_ranks > 1 or may_capture(capture) or compile != "none":
         settings = Settings(
             layout, warm_up, time_shift, cut, refresh_every, capture, compile, balance, warm_up_mode, folded
         )

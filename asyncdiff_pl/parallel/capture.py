@@ -82,9 +82,9 @@ class CudaRecorder:
         """
         outer = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outer)
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            with torch.cuda.use_mem_pool(self._pool, self.device):
-                result = run()
+        memory = torch.cuda.use_mem_pool(self._pool, self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), memory:
+            result = run()
         outer.wait_stream(self._stream)
         return result
 
@@ -166,6 +166,20 @@ class _CudaRecording:
         self._recorder.forget()
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether there are CUDA graphs on a device."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def may_capture(is_wanted: bool | None) -> bool:
+    """Whether steps may come to be recorded.
+
+    Args:
+        is_wanted: What was asked for; None for where there is an NVIDIA GPU.
+    """
+    return is_wanted if is_wanted is not None else torch.cuda.is_available() and has_graphs(torch.device("cuda"))
+
+
 def recorder_for(device: torch.device, backend: str | None) -> Recorder:
     """A recorder for a device.
 
@@ -176,7 +190,7 @@ def recorder_for(device: torch.device, backend: str | None) -> Recorder:
     Raises:
         CannotCapture: There are no graphs on that device, or messages cannot be in them.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not has_graphs(device):
         raise CannotCapture(f"it needs an NVIDIA GPU, and the denoiser is on {device.type}")
     if backend not in (None, "nccl"):
         raise CannotCapture(f"messages between ranks must go over nccl, and the process group's backend is {backend}")

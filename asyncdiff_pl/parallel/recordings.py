@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, recorder_for
+from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, has_graphs, recorder_for
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.fingerprint import fingerprint
 from asyncdiff_pl.parallel.phases import Body, Inputs, Made, Phase, Phases
@@ -36,11 +36,11 @@ class Recordings:
         denoiser: The network.
         forward: Its own forward, whose signature names the arguments.
         exchange: This rank's messages; None where it has none.
-        is_wanted: Whether steps are to be recorded.
+        is_wanted: Whether steps are to be recorded; None for where there is an NVIDIA GPU.
     """
 
     def __init__(
-        self, denoiser: nn.Module, forward: Callable[..., Any], exchange: Exchange | None, is_wanted: bool
+        self, denoiser: nn.Module, forward: Callable[..., Any], exchange: Exchange | None, is_wanted: bool | None
     ) -> None:
         self.num_graphs = 0
         """Steps that were recorded so far."""
@@ -69,7 +69,8 @@ class Recordings:
             stream: The stream.
             device: Where it computes.
         """
-        if not self._is_wanted or self.refusal:
+        is_wanted = self._is_wanted if self._is_wanted is not None else has_graphs(device)
+        if not is_wanted or self.refusal:
             return
         if self._recorder is None:
             backend = dist.get_backend(self._exchange.groups.pipeline) if self._exchange else None

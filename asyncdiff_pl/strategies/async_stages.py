@@ -40,7 +40,7 @@ class AsyncDiffStrategy(GroupStrategy):
         cut: For each stage the list of its module names in the denoiser (a name covers all below it); null finds a
             balanced cut.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that
-            the CPU launches a step at once; needs an NVIDIA GPU.
+            the CPU launches a step at once; needs an NVIDIA GPU, and by default they are where there is one.
         compile: What torch compiles, in minutes at the first sample: none, blocks (the repeated blocks, each kind once)
             or full (the whole denoiser; 1 stage only).
         balance: What a found cut balances: operations, which are counted, or measured, the times of the denoiser's
@@ -66,7 +66,7 @@ class AsyncDiffStrategy(GroupStrategy):
         time_shift: bool = False,
         cfg: int = 1,
         cut: list[list[str]] | None = None,
-        capture: bool = False,
+        capture: bool | None = None,
         compile: Literal["none", "blocks", "full"] = "none",
         balance: Literal["operations", "measured"] = "operations",
         warm_up_mode: Literal["replicated", "relay"] = "replicated",

@@ -42,7 +42,7 @@ class PatchStrategy(GroupStrategy):
             all rows of all patches. Below 1 only with modes that see old rows.
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed, so that
-            the CPU launches a step at once; needs an NVIDIA GPU.
+            the CPU launches a step at once; needs an NVIDIA GPU, and by default they are where there is one.
         compile: What torch compiles: none, or blocks, the repeated blocks of the network, each kind once, with what
             they tell other patches inside; minutes at the first sample, and faster steps. full, the whole network,
             takes 1 patch.
@@ -59,7 +59,7 @@ class PatchStrategy(GroupStrategy):
         warm_up: int = 4,
         portion: float = 1.0,
         cfg: int = 1,
-        capture: bool = False,
+        capture: bool | None = None,
         compile: CompileMode = "none",
         share_encoding: bool = False,
         simulate: bool = False,

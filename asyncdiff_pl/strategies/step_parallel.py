@@ -33,7 +33,7 @@ class StepParallelStrategy(GroupStrategy):
         warm_up: Exact steps at the start of each sample, 1 or more, which every rank computes.
         cfg: 2 gives each half of the guidance batch its own ranks, which is exact; 1 keeps the batch whole.
         capture: Whether the denoiser is recorded as a CUDA graph and replayed, so that the CPU launches a step at once;
-            needs an NVIDIA GPU.
+            needs an NVIDIA GPU, and by default it is where there is one.
         compile: What torch compiles: none, blocks (the repeated blocks, each kind once) or full (the whole denoiser).
         simulate: Plays all ranks in one process, to see the quality on one device without the speed.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
@@ -44,7 +44,7 @@ class StepParallelStrategy(GroupStrategy):
         steps: int = 2,
         warm_up: int = 3,
         cfg: int = 1,
-        capture: bool = False,
+        capture: bool | None = None,
         compile: CompileMode = "none",
         simulate: bool = False,
         timeout: float = 600.0,

@@ -51,7 +51,7 @@ class PatchSettings:
         mode: Where layers take what they need of other patches from, after warm-up.
         warm_up: Synchronous steps at the start of each sample.
         portion: Share of the neighbours' rows that self-attention sees after warm-up; 1 is all rows of all patches.
-        capture: Whether the steps are recorded as CUDA graphs and replayed.
+        capture: Whether the steps are recorded as CUDA graphs and replayed; None for where there is an NVIDIA GPU.
         compile: What torch compiles: nothing, or the repeated blocks.
 
     Raises:
@@ -62,7 +62,7 @@ class PatchSettings:
     mode: PatchMode = "full_sync"
     warm_up: int = 4
     portion: float = 1.0
-    capture: bool = False
+    capture: bool | None = None
     compile: CompileMode = "none"
 
     def __post_init__(self) -> None:

@@ -88,9 +88,6 @@ class StagePipeline(TrajectoryListener):
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, pieces if settings.compile == "blocks" else {"": denoiser})
         self._cross_attentions: CrossAttentions | None = None
-        if settings.capture or settings.compile != "none":
-            # compiled code rounds in its own way already
-            self._cross_attentions = CrossAttentions(denoiser, self._forward, sees_one=settings.compile != "none")
         self._placement: Placement | None = None
         if settings.warm_up_mode == "relay":
             self._placement = Placement(denoiser, pieces, device_of_rank(denoiser))
@@ -312,7 +309,11 @@ class StagePipeline(TrajectoryListener):
             self._compiled.prepare(stream.device)
         if self.settings.layout.stages > 1:
             self._cut_into_stages(stream, inputs)
-        if self._cross_attentions is not None:
+        if self._compiled or self.recordings.are_made or self._cross_attentions:
+            if self._cross_attentions is None:
+                # compiled code rounds in its own way already
+                sees_one = self._compiled is not None
+                self._cross_attentions = CrossAttentions(self.denoiser, self._forward, sees_one)
             self._cross_attentions.look(self._twin, stream.signature, inputs)
         if self._compiled is not None and self._placement is not None:
             # the stage's weights are here by now

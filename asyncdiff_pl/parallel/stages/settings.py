@@ -24,7 +24,7 @@ class Settings:
         time_shift: Whether asynchronous steps use the timestep of the step before.
         cut: For each stage the names of its modules; None finds a cut.
         refresh_every: Each how many-th step after warm-up is exact again; None for none.
-        capture: Whether the steps are recorded as CUDA graphs and replayed.
+        capture: Whether the steps are recorded as CUDA graphs and replayed; None for where there is an NVIDIA GPU.
         compile: What torch compiles: nothing, the repeated blocks, or the whole denoiser.
         balance: What a cut balances: counted operations, or times measured on the device.
         warm_up_mode: Whether exact steps are computed by every rank, or from stage to stage.
@@ -36,7 +36,7 @@ class Settings:
     time_shift: bool = False
     cut: Sequence[Sequence[str]] | None = None
     refresh_every: int | None = None
-    capture: bool = False
+    capture: bool | None = None
     compile: CompileMode = "none"
     balance: BalanceMode = "operations"
     warm_up_mode: WarmUpMode = "replicated"

@@ -22,7 +22,8 @@ class StepSettings:
     Args:
         layout: Steps of a round and guidance axis.
         warm_up: Exact steps at the start of each sample.
-        capture: Whether the denoiser's calls are recorded as CUDA graphs and replayed.
+        capture: Whether the denoiser's calls are recorded as CUDA graphs and replayed; None for where there is an
+            NVIDIA GPU.
         compile: What torch compiles: nothing, the repeated blocks, or the whole denoiser.
 
     Raises:
@@ -31,7 +32,7 @@ class StepSettings:
 
     layout: Layout
     warm_up: int = 3
-    capture: bool = False
+    capture: bool | None = None
     compile: CompileMode = "none"
 
     def __post_init__(self) -> None:
