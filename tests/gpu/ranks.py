@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 from denoisers import NAMES, Sampler, build, build_full, ddim, full_call
 
 from asyncdiff_pl.parallel import WarmUp, parallelize
+from asyncdiff_pl.parallel.patches.settings import MODES
 
 FULL_BOUND = 2e-3
 """Relative difference over a whole loop of recorded and eager steps in float16."""
@@ -44,10 +45,21 @@ LAYOUTS = [
     {"stages": 4, "warm_up": 1},
     {"stages": 4, "warm_up_mode": "relay"},
 ]
+PATCH_LAYOUTS = [
+    *({"patches": 2, "mode": mode, "warm_up": 2} for mode in MODES),
+    {"patches": 2, "mode": "corrected_async_gn", "portion": 0.3, "warm_up": 2},
+    {"patches": 4, "mode": "full_sync"},
+    {"patches": 4, "mode": "corrected_async_gn", "portion": 0.3, "warm_up": 1},
+    {"patches": 2, "cfg": 2, "mode": "full_sync"},
+    {"patches": 2, "cfg": 2, "mode": "stale_gn", "warm_up": 2},
+]
+PATCH_BOUND = 1e-9
+"""Relative difference, in double precision, of patches on ranks and of one process, which computes all rows at once."""
 
 
 def num_ranks(settings: dict) -> int:
-    return settings.get("cfg", 1) * (settings.get("stages", 1) + settings.get("stride", 1) - 1)
+    ranks_of_half = settings.get("patches", settings.get("stages", 1) + settings.get("stride", 1) - 1)
+    return settings.get("cfg", 1) * ranks_of_half
 
 
 def to_gpu(tree):
@@ -69,9 +81,12 @@ def installed(denoiser: nn.Module, scheduler, **settings):
         handle.remove()
 
 
-def play(name: str, settings: dict, samplers: list[Sampler], steps: int = 7, **more):
+def play(
+    name: str, settings: dict, samplers: list[Sampler], steps: int = 7, dtype: torch.dtype = torch.float32, **more
+):
     """Samples with a fresh denoiser, and how many graphs were made in all and for the last one."""
-    denoiser, scheduler = build(name).cuda(), ddim()
+    # past diffusers' own method, which warns
+    denoiser, scheduler = nn.Module.to(build(name), "cuda", dtype), ddim()
     with installed(denoiser, scheduler, **settings, **more) as handle:
         found, graphs = [], [0]
         for sampler in samplers:
@@ -89,6 +104,25 @@ def check_tiny(name: str, settings: dict, samplers: list[Sampler]) -> str:
     for what, others in (("eager ranks", eager), ("one process", simulated)):
         for at, pair in enumerate(zip(recorded, others, strict=True)):
             assert torch.equal(*pair), f"sample {at} differs from {what} by {distance(*pair):.1e}"
+    assert graphs > 0
+    return f"{graphs} graphs, {late} of them in the last sample"
+
+
+def check_patches(name: str, settings: dict) -> str:
+    """Recorded patches give the bits of eager ones; both are those of one process, but for rounding."""
+    # sizes in turn, the second in unequal shares
+    samplers = [sampler_of(name, size=size) for size in (32, 40, 32)]
+    for sampler in samplers:
+        sampler.latents, sampler.condition, sampler.kwargs = tree_map(
+            lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) else leaf,
+            (sampler.latents, sampler.condition, sampler.kwargs),
+        )
+    eager, _, _ = play(name, settings, samplers, dtype=torch.float64)
+    recorded, graphs, late = play(name, settings, samplers, dtype=torch.float64, capture=True)
+    simulated, _, _ = play(name, settings, samplers, dtype=torch.float64, simulate=True)
+    for at, (found, same, near) in enumerate(zip(recorded, eager, simulated, strict=True)):
+        assert torch.equal(found, same), f"sample {at} differs from eager ranks by {distance(found, same):.1e}"
+        assert distance(found, near) < PATCH_BOUND, f"sample {at} differs by {distance(found, near):.1e}"
     assert graphs > 0
     return f"{graphs} graphs, {late} of them in the last sample"
 
@@ -196,10 +230,17 @@ def main() -> int:
             for name in NAMES:
                 samplers = [sampler_of(name), sampler_of(name, size=16), sampler_of(name), sampler_of(name, size=16)]
                 check(f"{name}, two sizes in turn", lambda: check_tiny(name, settings, samplers))  # noqa: B023
+            for settings in PATCH_LAYOUTS:
+                if world % num_ranks(settings) == 0:
+                    check(f"sdxl {settings}", lambda: check_patches("sdxl", settings))  # noqa: B023
+            for name in ("sd15", "svd", "animatediff"):
+                settings = {"patches": 2, "mode": "corrected_async_gn", "warm_up": 2}
+                check(f"{name} {settings}", lambda: check_patches(name, settings))  # noqa: B023
         torch.backends.cudnn.deterministic = False
         for name in arguments.full:
             denoiser = full_denoiser(name)
-            for settings in fitting:
+            patched = [settings for settings in PATCH_LAYOUTS if world % num_ranks(settings) == 0]
+            for settings in fitting + patched:
                 if settings.get("warm_up_mode") != "relay" and isinstance(settings.get("warm_up", 3), int):
                     check(f"{name} {settings}", lambda: check_full(name, denoiser, settings, arguments.steps))  # noqa: B023
     dist.barrier()

@@ -66,6 +66,9 @@ ROWS += [
     ("flux_true_cfg", {"stages": 2, "warm_up": 2, "time_shift": True}),
     ("sdxl", {"stages": 2, "warm_up": 1, "capture": True}),
     ("sdxl", {"capture": True}),
+    ("sdxl", {"patches": 2, "mode": "corrected_async_gn", "portion": 0.3, "warm_up": 2}),
+    ("controlnet", {"patches": 2}),
+    ("sdxl", {"patches": 2, "mode": "stale_gn", "warm_up": 1, "capture": True}),
 ]
 
 
