@@ -73,8 +73,9 @@ def sampler_of(name: str, **settings) -> Sampler:
 
 
 @contextlib.contextmanager
-def installed(denoiser: nn.Module, scheduler, **settings):
-    handle = parallelize(denoiser, scheduler=scheduler, timeout=timedelta(seconds=40), **settings)
+def installed(denoiser: nn.Module, scheduler, capture: bool = False, **settings):
+    timeout = timedelta(seconds=40)
+    handle = parallelize(denoiser, scheduler=scheduler, timeout=timeout, capture=capture, **settings)
     try:
         yield handle
     finally:
@@ -210,6 +211,7 @@ class Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", nargs="*", default=[], choices=NAMES, help="full-size denoisers")
+    parser.add_argument("--only", choices=("stages", "patches"), help="checks of these alone")
     parser.add_argument("--steps", type=int, default=20, help="steps of a full-size loop")
     arguments = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -221,7 +223,7 @@ def main() -> int:
     check, world = Table(), dist.get_world_size()
     fitting = [settings for settings in LAYOUTS if world % num_ranks(settings) == 0]
     with torch.no_grad():
-        if not arguments.full:
+        if not arguments.full and arguments.only != "patches":
             for settings in fitting:
                 samplers = [sampler_of("sd21", seed=seed) for seed in range(3)]
                 check(f"sd21 {settings}", lambda: check_tiny("sd21", settings, samplers))  # noqa: B023
@@ -230,6 +232,7 @@ def main() -> int:
             for name in NAMES:
                 samplers = [sampler_of(name), sampler_of(name, size=16), sampler_of(name), sampler_of(name, size=16)]
                 check(f"{name}, two sizes in turn", lambda: check_tiny(name, settings, samplers))  # noqa: B023
+        if not arguments.full and arguments.only != "stages":
             for settings in PATCH_LAYOUTS:
                 if world % num_ranks(settings) == 0:
                     check(f"sdxl {settings}", lambda: check_patches("sdxl", settings))  # noqa: B023

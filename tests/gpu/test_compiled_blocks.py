@@ -26,12 +26,12 @@ def full_precision():
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def samples(denoiser, **settings):
+def samples(denoiser, capture=False, **settings):
     """Latents of three samples, and the handle."""
     scheduler, sampler = ddim(), Sampler("sd21", size=16)
     sampler.latents = sampler.latents.cuda()
     sampler.kwargs = {name: value.cuda() for name, value in sampler.kwargs.items()}
-    handle = parallelize(denoiser, simulate=True, scheduler=scheduler, **settings)
+    handle = parallelize(denoiser, simulate=True, scheduler=scheduler, capture=capture, **settings)
     return [sampler(denoiser, scheduler, 5) for _ in range(3)], handle
 
 
