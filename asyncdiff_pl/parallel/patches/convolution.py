@@ -5,6 +5,7 @@ Source: DistriFusion (arXiv 2402.19481), section 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from asyncdiff_pl.parallel.patches.rows import ROWS, Rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, cloned
+from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, cloned
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,56 @@ def convolve(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tenso
     Raises:
         ValueError: A patch has fewer rows than its neighbour's kernel reaches into it.
     """
-    rows = site.step.rows
-    parts, sizes = rows.split(hidden), rows.at(hidden.shape[ROWS])
+    parts, sizes = site.step.rows.split(hidden), site.step.rows.at(hidden.shape[ROWS])
+    first, last = edges(site, parts, sizes, halo)
+    if torch.compiler.is_compiling():
+        above, below = _halos_operation(first, last, halo.above, halo.below, site.number, site.now.order)
+    else:
+        above, below = _halos(first, last, halo, site.name, site.step)
+    extended = []
+    for at, part in enumerate(parts):
+        beyond = [in_layout_of(part, each[at]) for each in (above, below)]
+        extended.append(torch.cat([beyond[0], part, beyond[1]], ROWS))
+    return _each(convolution, extended)
+
+
+def convolve_extended(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tensor) -> torch.Tensor:
+    """The same for rows that have those beyond each patch around them already: one own patch after the other."""
+    rows, beyond = site.step.rows, halo.above + halo.below
+    sizes = rows.at(hidden.shape[ROWS] - beyond * len(rows.own))
+    return _each(convolution, hidden.split([sizes[patch] + beyond for patch in rows.own], ROWS))
+
+
+def in_layout_of(part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows laid out as those that they are put beside: another layout would have all of them laid out anew."""
+    is_nhwc = part.is_contiguous(memory_format=torch.channels_last)
+    return rows.contiguous(memory_format=torch.channels_last if is_nhwc else torch.contiguous_format)
+
+
+def _each(convolution: nn.Conv2d, extended: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The convolution of each own patch with the rows around it, one patch after the other."""
+    padding = (0, convolution.padding[1])
+    weight, bias, stride = convolution.weight, convolution.bias, convolution.stride
+    found = [
+        F.conv2d(each, weight, bias, stride, padding, convolution.dilation, convolution.groups) for each in extended
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found, ROWS)
+
+
+def edges(
+    site: Site, parts: Sequence[torch.Tensor], sizes: Sequence[int], halo: Halo
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last rows of each own patch, as many as a kernel reaches, [own patches, B, C, reach, W].
+
+    Args:
+        site: Which layer it is.
+        parts: Rows of each own patch.
+        sizes: Rows of each patch.
+        halo: Rows that are read beyond a patch.
+
+    Raises:
+        ValueError: A patch has fewer rows than its neighbour's kernel reaches into it.
+    """
     reach = max(halo.above, halo.below)
     if min(sizes) < reach:
         raise ValueError(
@@ -85,21 +134,7 @@ def convolve(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tenso
     # in compiled code what makes the rows lays them out as well
     first = torch.stack([part.narrow(ROWS, 0, reach) for part in parts]).contiguous()
     last = torch.stack([part.narrow(ROWS, part.shape[ROWS] - reach, reach) for part in parts]).contiguous()
-    if torch.compiler.is_compiling():
-        above, below = _halos_operation(first, last, halo.above, halo.below, site.number, site.now.order)
-    else:
-        above, below = _halos(first, last, halo, site.name, site.step)
-    found = []
-    for at, part in enumerate(parts):
-        is_nhwc = part.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if is_nhwc else torch.contiguous_format
-        # rows in another layout than the others' would have all of them laid out anew
-        beyond = (each[at].contiguous(memory_format=layout) for each in (above, below))
-        extended = torch.cat([next(beyond), part, next(beyond)], ROWS)
-        padding = (0, convolution.padding[1])
-        weight, bias, stride = convolution.weight, convolution.bias, convolution.stride
-        found.append(F.conv2d(extended, weight, bias, stride, padding, convolution.dilation, convolution.groups))
-    return found[0] if len(found) == 1 else torch.cat(found, ROWS)
+    return first, last
 
 
 def _halos(
@@ -115,23 +150,15 @@ def _halos(
         step: The step in work.
     """
     rows, traffic = step.rows, step.traffic
-    above, below = _room(first, halo.above), _room(first, halo.below)
-    places: Parcels = [
-        {
-            other: room[at]
-            for room, other in ((above, patch - 1), (below, patch + 1))
-            if room.shape[ROWS] and 0 <= other < rows.patches
-        }
-        for at, patch in enumerate(rows.own)
-    ]
+    above, below, (sends, places) = room_beyond(first, last, rows, halo)
     if step.source is Source.FRESH:
-        received = traffic.now(_sends(first, last, rows, halo), places, name)
+        received = traffic.now(sends, places, name)
         if step.keeps_rows:
             traffic.keep(name, received)
     elif step.source is not Source.NONE:
         received = traffic.before(name)
         if step.sends:
-            traffic.later(name, cloned(_sends(first, last, rows, halo)))
+            traffic.later(name, cloned(sends))
         for place, parcel in zip(places, received, strict=True):
             for other, tensor in parcel.items():
                 place[other].copy_(tensor)
@@ -157,17 +184,28 @@ def _(
     return _room(first, above), _room(first, below)
 
 
-def _sends(first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Halo) -> Parcels:
-    """What the neighbours read of each own patch."""
+def room_beyond(
+    first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Halo
+) -> tuple[torch.Tensor, torch.Tensor, Trade]:
+    """Room for the rows above and below each own patch, and what is sent and comes in of them."""
+    above, below = _room(first, halo.above), _room(first, halo.below)
     sends: Parcels = []
+    places: Parcels = []
     for at, patch in enumerate(rows.own):
-        parcel = {}
-        if patch > 0 and halo.below:
-            parcel[patch - 1] = first[at].narrow(ROWS, 0, halo.below).contiguous()
-        if patch + 1 < rows.patches and halo.above:
-            parcel[patch + 1] = last[at].narrow(ROWS, last.shape[ROWS] - halo.above, halo.above).contiguous()
+        parcel, place = {}, {}
+        if patch > 0:
+            if halo.below:
+                parcel[patch - 1] = first[at].narrow(ROWS, 0, halo.below).contiguous()
+            if halo.above:
+                place[patch - 1] = above[at]
+        if patch + 1 < rows.patches:
+            if halo.above:
+                parcel[patch + 1] = last[at].narrow(ROWS, last.shape[ROWS] - halo.above, halo.above).contiguous()
+            if halo.below:
+                place[patch + 1] = below[at]
         sends.append(parcel)
-    return sends
+        places.append(place)
+    return above, below, (sends, places)
 
 
 def _room(edges: torch.Tensor, count: int) -> torch.Tensor:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from asyncdiff_pl.parallel.patches.rows import ROWS
+from asyncdiff_pl.parallel.patches.rows import ROWS, Rows
 from asyncdiff_pl.parallel.patches.settings import Statistics
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, cloned
+from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, cloned
 
 
 def normalise(site: Site, norm: nn.GroupNorm, hidden: torch.Tensor) -> torch.Tensor:
@@ -50,9 +50,12 @@ def normalise(site: Site, norm: nn.GroupNorm, hidden: torch.Tensor) -> torch.Ten
         else:
             of_all = _gather(own, site.name, step)
         used = torch.stack(
-            [_used(step.statistics, patch, own[at], of_all[at], sizes) for at, patch in enumerate(step.rows.own)]
+            [
+                moments_in_use(step.statistics, patch, own[at], of_all[at], sizes)
+                for at, patch in enumerate(step.rows.own)
+            ]
         )
-    found = [_apply(norm, part, used[at]) for at, part in enumerate(parts)]
+    found = [apply(norm, part, used[at]) for at, part in enumerate(parts)]
     return found[0] if len(found) == 1 else torch.cat(found, ROWS)
 
 
@@ -109,12 +112,7 @@ def _gather(own: torch.Tensor, name: str, step: PatchStep) -> torch.Tensor:
         For each own patch those of all, [own patches, patches, 2, B, groups]: the others' as this patch knows them.
     """
     rows, traffic = step.rows, step.traffic
-    found = own.new_empty(len(rows.own), rows.patches, *own.shape[1:])
-    places: Parcels = [
-        {other: found[at, other] for other in range(rows.patches) if other != patch}
-        for at, patch in enumerate(rows.own)
-    ]
-    sends: Parcels = [dict.fromkeys(place, moment) for place, moment in zip(places, own, strict=True)]
+    found, (sends, places) = room_for_all(own, rows)
     latest: Sequence[torch.Tensor] = list(own)
     if step.statistics is Statistics.FRESH:
         received = traffic.now(sends, places, name)
@@ -134,6 +132,16 @@ def _gather(own: torch.Tensor, name: str, step: PatchStep) -> torch.Tensor:
     return found
 
 
+def room_for_all(own: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Trade]:
+    """Room for all patches' moments, as `_gather` gives them, and what is sent and comes in of them."""
+    found = own.new_empty(len(rows.own), rows.patches, *own.shape[1:])
+    places: Parcels = [
+        {other: found[at, other] for other in range(rows.patches) if other != patch}
+        for at, patch in enumerate(rows.own)
+    ]
+    return found, ([dict.fromkeys(place, moment) for place, moment in zip(places, own, strict=True)], places)
+
+
 @torch.library.custom_op("asyncdiff_pl::moments", mutates_args={"order"})
 def _gather_operation(own: torch.Tensor, site: torch.Tensor, order: torch.Tensor, patches: int) -> torch.Tensor:
     it = site_of(site)
@@ -145,10 +153,18 @@ def _(own: torch.Tensor, site: torch.Tensor, order: torch.Tensor, patches: int) 
     return own.new_empty(own.shape[0], patches, *own.shape[1:])
 
 
-def _used(
+def moments_in_use(
     statistics: Statistics, patch: int, own: torch.Tensor, of_all: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """The moments that a patch is normalised with."""
+    """The moments that a patch is normalised with, [2, B, groups].
+
+    Args:
+        statistics: Which those are.
+        patch: Number of the patch.
+        own: Its moments.
+        of_all: Moments of all patches as it knows them, [patches, 2, B, groups].
+        sizes: Rows of each patch.
+    """
     together = combine(of_all, sizes)
     return _corrected(own, of_all[patch], together) if statistics is Statistics.CORRECTED else together
 
@@ -168,7 +184,7 @@ def _raw(moment: torch.Tensor) -> torch.Tensor:
     return torch.stack([moment[0], moment[1] + moment[0].square()])
 
 
-def _apply(norm: nn.GroupNorm, hidden: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+def apply(norm: nn.GroupNorm, hidden: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """Normalises each channel with its group's moments, in one pass."""
     batch, channels = hidden.shape[:2]
     mean, variance = used.repeat_interleave(channels // norm.num_groups, dim=2)

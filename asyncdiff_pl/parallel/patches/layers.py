@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from asyncdiff_pl.parallel.compiling import Compiled, can_gain
 from asyncdiff_pl.parallel.hooks import HOOK, Run, install, uninstall
 from asyncdiff_pl.parallel.patches.attention import extend, seen_rows, self_attentions, spatial_transformers
-from asyncdiff_pl.parallel.patches.convolution import Halo, convolve
+from asyncdiff_pl.parallel.patches.convolution import Halo, convolve, convolve_extended
 from asyncdiff_pl.parallel.patches.group_norm import normalise
+from asyncdiff_pl.parallel.patches.resnet import normalise_and_extend, norms_and_convolutions
 from asyncdiff_pl.parallel.patches.rows import ROWS
 from asyncdiff_pl.parallel.patches.sites import Now, Site
 from asyncdiff_pl.parallel.patches.step import PatchStep
@@ -29,14 +30,17 @@ class PatchLayers:
     Args:
         denoiser: The network.
         compiled: What torch compiles of it; None for nothing.
+        joins: Whether moments of norms travel together with the rows of convolutions, where that is possible: in
+            synchronous steps only.
 
     Raises:
         ValueError: It has a module that cannot be run in patches.
     """
 
-    def __init__(self, denoiser: nn.Module, compiled: Compiled | None = None) -> None:
+    def __init__(self, denoiser: nn.Module, compiled: Compiled | None = None, joins: bool = False) -> None:
         self._denoiser = denoiser
         self._compiled = compiled
+        self._joins = joins
         self._hooked: list[nn.Module] = []
         self._now = Now()
         self.look_again()
@@ -49,12 +53,18 @@ class PatchLayers:
         """
         denoiser = self._denoiser
         pieces = {} if self._compiled is None else {part: name for name, part in self._compiled.parts.items()}
+        pairs = dict(norms_and_convolutions(denoiser)) if self._joins else {}
+        joined = set(pairs.values())
         hooks: dict[nn.Module, Run] = {}
         for name, module in denoiser.named_modules():
             if _has_halo(module):
                 halo = Halo.of(module, name)
                 if not halo.is_empty:
-                    hooks[module] = self._layer(convolve, name, module, halo)
+                    compute = convolve_extended if module in joined else convolve
+                    hooks[module] = self._layer(compute, name, module, halo)
+            elif module in pairs:
+                halo = Halo.of(pairs[module], f"the convolution after {name}")
+                hooks[module] = self._layer(normalise_and_extend, name, module, halo)
             elif isinstance(module, nn.GroupNorm):
                 hooks[module] = self._layer(normalise, name, module, is_piece=module in pieces)
             elif module in pieces:

@@ -136,7 +136,9 @@ class PatchPipeline(TrajectoryListener):
         self._compiled: Compiled | None = None
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, split_modules(denoiser)[1], gains_in_patches)
-        self._layers = PatchLayers(denoiser, self._compiled)
+        # uncompiled, the further kernels would take longer than the messages that they save
+        joins = settings.mode == "full_sync" and self._compiled is not None
+        self._layers = PatchLayers(denoiser, self._compiled, joins)
         run = self._run_denoiser
         install(denoiser, run if self._compiled is None else self._compiled.allowing_all_kinds(run))
         trajectory.subscribe(self)

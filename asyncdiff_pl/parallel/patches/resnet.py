@@ -1,0 +1,121 @@
+"""A GroupNorm and the convolution after it, with an activation alone between them: one message for both.
+
+The edge rows that the convolution reads of its neighbours travel as they are before the norm, together with the norm's
+moments: whoever gets them normalises them himself. The norm then gives the patch with these rows around it, the
+activation takes them along, and the convolution has nothing to ask. In a synchronous step that is the same to the
+number; rows of the step before are another thing (they were normalised with that step's moments), so that other modes
+do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from asyncdiff_pl.parallel.patches.convolution import Halo, edges, in_layout_of, room_beyond
+from asyncdiff_pl.parallel.patches.group_norm import apply, moments, moments_in_use, room_for_all
+from asyncdiff_pl.parallel.patches.rows import ROWS
+from asyncdiff_pl.parallel.patches.settings import Statistics
+from asyncdiff_pl.parallel.patches.sites import Site, site_of
+from asyncdiff_pl.parallel.patches.step import PatchStep
+
+
+def norms_and_convolutions(denoiser: nn.Module) -> Iterator[tuple[nn.GroupNorm, nn.Conv2d]]:
+    """Pairs of a norm and the convolution that takes, activated, what it gives and nothing else does."""
+    for block in denoiser.modules():
+        if not isinstance(block, ResnetBlock2D) or block.upsample is not None or block.downsample is not None:
+            continue
+        # outside of the picture are zeros, and they must stay
+        if block.time_embedding_norm != "default" or block.nonlinearity(torch.zeros(())) != 0:
+            continue
+        for norm, convolution in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
+            # an adapter puts a layer of its own there
+            if isinstance(norm, nn.GroupNorm) and isinstance(convolution, nn.Conv2d):
+                yield norm, convolution
+
+
+def normalise_and_extend(site: Site, norm: nn.GroupNorm, halo: Halo, hidden: torch.Tensor) -> torch.Tensor:
+    """A GroupNorm over the own patches' rows and those that the next convolution reads beyond them.
+
+    Args:
+        site: Which layer it is.
+        norm: The layer.
+        halo: Rows that the convolution reads beyond a patch.
+        hidden: [B, C, H, W], the rows of the own patches.
+
+    Returns:
+        [B, C, H', W]: each own patch with the rows above and below it, zeros outside of the picture.
+    """
+    rows = site.step.rows
+    parts, sizes = rows.split(hidden), rows.at(hidden.shape[ROWS])
+    own = torch.stack([moments(norm, part) for part in parts])
+    first, last = edges(site, parts, sizes, halo)
+    if torch.compiler.is_compiling():
+        now, numbers = site.now, (halo.above, halo.below, rows.patches)
+        of_all, above, below = _swap_operation(own, first, last, *numbers, site.number, now.order)
+    else:
+        of_all, above, below = _swap(own, first, last, halo, site.name, site.step)
+    found = []
+    for at, patch in enumerate(rows.own):
+        used = moments_in_use(Statistics.FRESH, patch, own[at], of_all[at], sizes)
+        beyond = [in_layout_of(parts[at], each[at]) for each in (above, below)]
+        around = [
+            apply(norm, each, used) if 0 <= other < rows.patches else torch.zeros_like(each)
+            for each, other in zip(beyond, (patch - 1, patch + 1), strict=True)
+        ]
+        found.append(torch.cat([around[0], apply(norm, parts[at], used), around[1]], ROWS))
+    return found[0] if len(found) == 1 else torch.cat(found, ROWS)
+
+
+def _swap(
+    own: torch.Tensor, first: torch.Tensor, last: torch.Tensor, halo: Halo, name: str, step: PatchStep
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All patches' moments, and the rows above and below each own patch; what is outside of the picture is left open.
+
+    Args:
+        own: Moments of the own patches, [own patches, 2, B, groups].
+        first: First rows of each own patch, [own patches, B, C, reach, W].
+        last: Their last rows.
+        halo: Rows that are read beyond a patch.
+        name: Name of the layer.
+        step: The step in work.
+    """
+    of_all, of_moments = room_for_all(own, step.rows)
+    above, below, of_rows = room_beyond(first, last, step.rows, halo)
+    step.traffic.now_together([of_moments, of_rows], name)
+    for at, patch in enumerate(step.rows.own):
+        of_all[at, patch].copy_(own[at])
+    return of_all, above, below
+
+
+@torch.library.custom_op("asyncdiff_pl::moments_and_rows", mutates_args={"order"})
+def _swap_operation(
+    own: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    above: int,
+    below: int,
+    patches: int,
+    site: torch.Tensor,
+    order: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    it = site_of(site)
+    return _swap(own, first, last, Halo(above, below), it.name, it.step)
+
+
+@_swap_operation.register_fake
+def _(
+    own: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    above: int,
+    below: int,
+    patches: int,
+    site: torch.Tensor,
+    order: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = [first.new_empty((*first.shape[:ROWS], count, first.shape[-1])) for count in (above, below)]
+    return own.new_empty(own.shape[0], patches, *own.shape[1:]), rows[0], rows[1]
