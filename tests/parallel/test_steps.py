@@ -12,7 +12,7 @@ from denoisers import TEXT, Sampler, build, ddim
 from diffusers import UNet2DConditionModel
 from fake_graph import FakeRecorder, captured
 from step_definition import defined
-from tiny_pipelines import KINDS, Sample
+from tiny_pipelines import Sample
 
 from asyncdiff_pl.parallel import WarmUp, compiling, parallelize
 from asyncdiff_pl.parallel.steps.place import Place
@@ -91,11 +91,18 @@ def test_rounds(num_steps, steps, warm_up, rounds):
 # -- what is computed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize(("name", "steps", "warm_up"), [("sd21", 2, 2), ("svd", 3, 1), ("animatediff", 4, 2)])
-def test_it_keeps_to_the_definition(name, steps, warm_up, kind):
-    """8 steps: no number of steps here divides what is left after warm-up."""
-    denoiser, sampler, num_steps = denoiser_of(name), Sampler(name), 8 if steps > 2 else 9
+@pytest.mark.parametrize(
+    ("name", "kind", "steps", "warm_up"),
+    [
+        *[("sd21", kind, 2, 1) for kind in SCHEDULERS],
+        *[("sd21", kind, 3, 1) for kind in SCHEDULERS if kind != "pndm"],
+        ("svd", "dpm++", 4, 2),
+        ("animatediff", "ancestral", 3, 1),
+    ],
+)
+def test_it_keeps_to_the_definition(name, kind, steps, warm_up):
+    """The last round is shorter than the others, or a single step."""
+    denoiser, sampler, num_steps = denoiser_of(name), Sampler(name), 6
     exact, drawn = loop(sampler, denoiser, SCHEDULERS[kind](), num_steps)
     expected = defined(denoiser, sampler, SCHEDULERS[kind](), num_steps, steps, warm_up)
     scheduler = SCHEDULERS[kind]()
@@ -110,9 +117,9 @@ def test_it_keeps_to_the_definition(name, steps, warm_up, kind):
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "svd", "animatediff"])
 def test_a_warm_up_of_all_steps_is_exact_to_the_bit(name):
-    expected = Sampler(name)(denoiser_of(name), ddim(), 4)
-    for steps, warm_up in ((2, 4), (3, 9), (2, 3)):
-        assert torch.equal(simulated(name, 4, steps=steps, warm_up=warm_up)[0], expected)
+    expected = Sampler(name)(denoiser_of(name), ddim(), 3)
+    for steps, warm_up in ((2, 3), (3, 2)):
+        assert torch.equal(simulated(name, 3, steps=steps, warm_up=warm_up)[0], expected)
 
 
 def test_noise_without_a_generator_is_the_same_that_is_foreseen():
@@ -128,13 +135,13 @@ def test_noise_without_a_generator_is_the_same_that_is_foreseen():
 
 def test_halves_of_the_guidance_batch():
     for name in ("svd", "sdxl"):
-        (one,), (two,) = (simulated(name, 6, steps=2, warm_up=2, cfg=cfg) for cfg in (1, 2))
+        (one,), (two,) = (simulated(name, 5, steps=2, warm_up=2, cfg=cfg) for cfg in (1, 2))
         assert 0 < distance(two, one) < 1e-5
 
 
 def test_what_was_sampled_before_leaves_no_trace():
-    denoiser, scheduler = denoiser_of("svd"), SCHEDULERS["dpm++"]()
-    one, three, large = Sampler("svd"), Sampler("svd", batch=3), Sampler("svd", size=16)
+    denoiser, scheduler = denoiser_of("sd21"), SCHEDULERS["dpm++"]()
+    one, three, large = Sampler("sd21"), Sampler("sd21", batch=3), Sampler("sd21", size=16)
     handle = parallelize(denoiser, steps=3, warm_up=1, simulate=True, scheduler=scheduler)
     alone = one(denoiser, scheduler, 6)
     three(denoiser, scheduler, 4)
@@ -170,9 +177,9 @@ def test_counts():
 
 # -- pipelines --------------------------------------------------------------------------------------------------------
 
-STEPPED = [name for name in KINDS if "controlnet" not in name]
-# schedulers that repeat timesteps, a second call in some steps, two samples at once, noise that the halves have apart
-CASES = ["sd15_heun", "img2img_pndm", "sd3_skips_layers", "dit_of_three", "sd15_ip_adapter"]
+# each kind once; schedulers that repeat timesteps, a second call in all steps or in some, several samples at once
+STEPPED = ["img2img", "upscale", "sdxl", "sdxl_inpaint", "sd3", "flux_true_cfg", "animatediff", "sd15_heun"]
+STEPPED += ["img2img_pndm", "sd3_skips_layers", "dit_of_three", "sd15_ip_adapter"]
 
 
 @functools.cache
@@ -180,7 +187,7 @@ def exact(name):
     return pipeline_of(name)()
 
 
-@pytest.mark.parametrize("name", STEPPED + CASES)
+@pytest.mark.parametrize("name", STEPPED)
 def test_pipelines(name):
     sample = pipeline_of(name)
     handle = parallelize(sample.pipe, steps=2, warm_up=2, simulate=True)
@@ -188,7 +195,6 @@ def test_pipelines(name):
     assert handle.asynchronous_steps > 0
     handle.remove()
     assert 0 < distance(found, exact(name)) < 0.1
-    assert torch.equal(sample(), exact(name))
 
 
 def test_a_pipeline_that_drops_half_of_what_it_stepped():
@@ -232,17 +238,17 @@ def test_what_is_kept_of_a_round_is_not_given_to_other_inputs():
 )
 def test_replays_give_the_same_bits(name, settings):
     samplers = [Sampler(name, seed=seed) for seed in range(2)]
-    expected = simulated(name, 6, samplers=samplers, **settings)
+    expected = simulated(name, 5, samplers=samplers, **settings)
     with captured(FakeRecorder()) as recorder:
         denoiser, scheduler = denoiser_of(name), ddim()
         handle = parallelize(denoiser, simulate=True, scheduler=scheduler, capture=True, **settings)
-        found = [sampler(denoiser, scheduler, 6) for sampler in samplers]
+        found = [sampler(denoiser, scheduler, 5) for sampler in samplers]
         # rounds and exact steps are one
         assert handle.num_graphs == 1
         handle.remove()
     assert all(map(torch.equal, found, expected))
     # all calls but the first one, which is run
-    assert recorder.replays == 2 * 6 - 1
+    assert recorder.replays == 2 * 5 - 1
     assert recorder.alive == 0
 
 
@@ -258,17 +264,16 @@ def test_a_pipeline_with_two_calls_a_step_is_captured():
     assert recorder.replays > 0
 
 
-@pytest.mark.parametrize("compile", ["blocks", "full"])
-def test_compiled(compile, monkeypatch):
+def test_compiled(monkeypatch):
     graphs = []
     monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward)
     blocks = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     denoiser = UNet2DConditionModel(sample_size=8, layers_per_block=1, cross_attention_dim=TEXT, **blocks).eval()
     found = []
-    for settings in ({}, {"compile": compile}, {}):
+    for settings in ({}, {"compile": "blocks"}, {}):
         scheduler = ddim()
         handle = parallelize(denoiser, steps=2, warm_up=1, simulate=True, scheduler=scheduler, **settings)
-        found.append(Sampler("sd21")(denoiser, scheduler, 4))
+        found.append(Sampler("sd21")(denoiser, scheduler, 3))
         handle.remove()
     torch._dynamo.reset()
     assert graphs

@@ -104,14 +104,14 @@ def plain(tiny):
     return pixels(predict(tiny(), "auto"))
 
 
-@pytest.mark.parametrize("settings", [{"warm_up": 5}, {"warm_up": 4, "steps": 3}, {"steps": 1}], ids=str)
+@pytest.mark.parametrize("settings", [{"warm_up": 4, "steps": 3}, {"steps": 1}], ids=str)
 def test_exact_steps_make_the_pictures_of_one_gpu(tiny, plain, settings):
     assert np.array_equal(pixels(predict(tiny(), StepParallelStrategy(simulate=True, **settings))), plain)
 
 
-@pytest.mark.parametrize("settings", [{"warm_up": 1, "steps": 4}, {"warm_up": 1, "steps": 4, "cfg": 2}], ids=str)
-def test_rounds_make_other_pictures_and_always_the_same(tiny, plain, settings):
-    made, again = (pixels(predict(tiny(), StepParallelStrategy(simulate=True, **settings))) for _ in range(2))
+def test_rounds_make_other_pictures_and_always_the_same(tiny, plain):
+    settings = {"steps": 4, "warm_up": 1, "cfg": 2, "simulate": True}
+    made, again = (pixels(predict(tiny(), StepParallelStrategy(**settings))) for _ in range(2))
     assert np.abs(made - plain).max() > 1
     assert np.array_equal(made, again)
 
