@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         jobs = plan(options, ranks)
         for name in options.models:
-            sized(kinds[name], options.latents)
+            sized(kinds[name], options.latents, options.half_batch)
         for name in options.models if options.whole_pipeline is not None else ():
             if not kinds[name].has_pipeline:
                 raise ValueError(f"There is no whole pipeline of a tiny {name}; leave out --whole-pipeline.")
@@ -105,7 +105,7 @@ class Bench:
 
     def measure_model(self, name: str, jobs: Iterable[Job], table: Table) -> None:
         """Measures one model in all settings; a row that fails leaves the others alone."""
-        kind = sized((TINY if self.options.tiny else FULL)[name], self.options.latents)
+        kind = sized((TINY if self.options.tiny else FULL)[name], self.options.latents, self.options.half_batch)
         self._reference = None
         model: Denoising | None = None
         for job in jobs:
@@ -129,7 +129,12 @@ class Bench:
     def _row(self, name: str, job: Job, own_steps: int, found: Row) -> Row:
         layout, options = job.layout, self.options
         row = {
-            "model": f"{'tiny ' * options.tiny}{name}{f' {options.latents}' if options.latents else ''}",
+            "model": " ".join(
+                ["tiny"] * options.tiny
+                + [name]
+                + ([options.latents] if options.latents else [])
+                + ["half batch"] * options.half_batch
+            ),
             "layout": job.name,
             "setting": str(job),
             "gpus": job.ranks,

@@ -124,6 +124,12 @@ def parse(arguments: list[str] | None, description: str | None = None) -> argpar
         help="size of the latents, an eighth of the picture's (default: the model's own)",
     )
     parser.add_argument(
+        "--half-batch",
+        action="store_true",
+        help="one half of the guidance batch alone: what each half of the ranks does in the same layout with 2x before "
+        "it, but for putting the halves together; for machines with half of its GPUs",
+    )
+    parser.add_argument(
         "--repeats", type=int, default=3, help="timed loops of each row, of which the median counts (3)"
     )
     parser.add_argument(
@@ -141,6 +147,8 @@ def parse(arguments: list[str] | None, description: str | None = None) -> argpar
     parser.add_argument("--plot", type=Path, help="PNG to write; needs --csv and matplotlib")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     options = parser.parse_args(arguments)
+    if options.half_batch and options.whole_pipeline is not None:
+        parser.error("--half-batch is of the denoising loop alone; leave out --whole-pipeline")
     if options.plot is not None and options.csv is None:
         parser.error("--plot draws the rows of --csv; give that too")
     return options
@@ -164,6 +172,8 @@ def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
             continue
         layout = parse_layout(name)
         layout.over(ranks)
+        if layout.cfg == 2 and options.half_batch:
+            raise ValueError(f"--half-batch leaves nothing to split, and --layouts has {name}; take {name[2:]}.")
         if layout.patches > 1:
             modes = [PatchSettings(layout, *_mode_and_portion(text)) for text in options.patch_mode]
             # the whole denoiser is nowhere
@@ -208,12 +218,14 @@ def _mode_and_portion(text: str) -> tuple[Any, int, float]:
         raise ValueError(f"--patch-mode {text} has a portion that is no number; give MODE:0.3, say.") from None
 
 
-def sized(kind: Kind, latents: str | None) -> Kind:
-    """A model with latents of another size.
+def sized(kind: Kind, latents: str | None, is_half: bool = False) -> Kind:
+    """A model with latents of another size, or with one half of the guidance batch alone.
 
     Raises:
         ValueError: That is no size.
     """
+    if is_half:
+        kind = replace(kind, is_half=True)
     if latents is None:
         return kind
     found = re.fullmatch(r"(\d+)x(\d+)", latents)

@@ -30,6 +30,7 @@ from asyncdiff_pl.models.loading import ARCHITECTURES, find_folder, quiet_librar
 from asyncdiff_pl.models.random_weights import build_random_model, component_class
 from asyncdiff_pl.models.schedulers import build_scheduler
 from asyncdiff_pl.parallel import Groups, Parallel, parallelize
+from asyncdiff_pl.parallel.guidance import split_batch
 
 PROMPT = "a black dog runs over a red bridge in the snow"
 
@@ -47,6 +48,7 @@ class Kind:
         unet: Entries of the denoiser's configuration that differ from the checkpoint's.
         motion: Folder of a motion adapter and entries of its configuration that differ; None where there is none.
         has_pipeline: Whether there is a whole pipeline of this size.
+        is_half: Whether the denoiser gets one half of the guidance batch alone.
     """
 
     config: str
@@ -57,6 +59,7 @@ class Kind:
     unet: Mapping[str, Any] = field(default_factory=dict)
     motion: tuple[str, Mapping[str, Any]] | None = None
     has_pipeline: bool = True
+    is_half: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,6 +138,10 @@ class Denoising:
         is_animated_picture = config["in_channels"] == 2 * config["out_channels"]
         self._picture = draw(2, *kind.latents) if is_animated_picture else None
         self._conditions = self._make_conditions(draw)
+        if kind.is_half:
+            pair = torch.cat([self._noise] * 2)
+            self._conditions = split_batch(self.denoiser.forward, (pair, 0), self._conditions, 1)[1]
+            self._picture = self._picture[1:] if self._picture is not None else None
         self._guidance: Any = kind.guidance
         if isinstance(kind.guidance, tuple):
             frames = torch.linspace(*kind.guidance, kind.latents[0]).to(device, dtype)
@@ -165,14 +172,16 @@ class Denoising:
         scheduler.set_timesteps(steps, device=self.device)
         latents = self._noise * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
-            given = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
+            given = latents if self.kind.is_half else torch.cat([latents] * 2)
+            given = scheduler.scale_model_input(given, timestep)
             if self._picture is not None:
                 given = torch.cat([given, self._picture], dim=2)
             mark()
             estimate = self.denoiser(given, timestep, **self._conditions)[0]
             mark()
-            unguided, guided = estimate.chunk(2)
-            estimate = unguided + self._guidance * (guided - unguided)
+            if not self.kind.is_half:
+                unguided, guided = estimate.chunk(2)
+                estimate = unguided + self._guidance * (guided - unguided)
             latents = scheduler.step(estimate, timestep, latents, return_dict=False)[0]
             mark()
         return latents

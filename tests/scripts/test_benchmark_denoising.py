@@ -90,6 +90,7 @@ def test_other_sizes():
         (["--layouts", "n2"], 4, "There is no layout n2"),
         (["--layouts", "p2", "--patch-mode", "syn_gn"], 4, "mode is syn_gn; give one of full_sync"),
         (["--layouts", "p2", "--patch-mode", "stale_gn:x"], 4, "stale_gn:x has a portion that is no number"),
+        (["--layouts", "2x2", "--half-batch"], 4, "leaves nothing to split, and --layouts has 2x2; take 2"),
         (["--capture", "on", "--device", "cpu"], 1, "there is no GPU; take --capture off"),
     ],
 )
@@ -127,6 +128,16 @@ def test_a_loop_is_the_same_again_and_in_halves(name):
     assert relative_deviation(model.loop(2), latents) < 1e-5
     handle.remove()
     assert model.loop(2).equal(latents)
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_half_a_batch_is_the_guided_half(name):
+    estimates = []
+    for is_half in (False, True):
+        model = Denoising(sized(TINY[name], None, is_half), torch.device("cpu"), torch.float32)
+        model.denoiser.register_forward_hook(lambda module, args, output: estimates.append(output[0]))
+        model.loop(1)
+    assert relative_deviation(estimates[1], estimates[0][1:]) < 1e-5
 
 
 @pytest.mark.parametrize("name", list(FULL))
