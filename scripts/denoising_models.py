@@ -139,8 +139,10 @@ class Denoising:
         self._picture = draw(2, *kind.latents) if is_animated_picture else None
         self._conditions = self._make_conditions(draw)
         if kind.is_half:
-            pair = torch.cat([self._noise] * 2)
-            self._conditions = split_batch(self.denoiser.forward, (pair, 0), self._conditions, 1)[1]
+            forward, pair = self.denoiser.forward, torch.cat([self._noise] * 2)
+            args, kwargs = split_batch(forward, (pair, 0), self._conditions, 1)
+            bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+            self._conditions = {name: bound[name] for name in self._conditions}
             self._picture = self._picture[1:] if self._picture is not None else None
         self._guidance: Any = kind.guidance
         if isinstance(kind.guidance, tuple):
