@@ -356,7 +356,7 @@ def test_pictures_that_a_pipeline_blends_in_after_each_step():
     sample = Sample("sdxl_inpaint")
     plain = Sample("sdxl")
     sample.pipe.register_modules(unet=plain.pipe.unet)
-    refused(sample.pipe, sample, "At step 1 the denoiser is not given the latents that the scheduler made")
+    refused(sample.pipe, sample, "By step 1 the denoiser was not given the latents that the scheduler made")
 
 
 @pytest.mark.parametrize(("changed", "seen"), [(1, 2), (3, 5)])
@@ -368,7 +368,7 @@ def test_latents_that_a_callback_changes(changed, seen):
 
     sample = Sample("sd15")
     sample.more = {"callback_on_step_end": change}
-    refused(sample.pipe, sample, f"At step {seen} the denoiser is not given the latents that the sch", warm_up=2)
+    refused(sample.pipe, sample, f"By step {seen} the denoiser was not given the latents that the sch", warm_up=2)
 
 
 class WithPicture(diffusers.DDIMScheduler):
