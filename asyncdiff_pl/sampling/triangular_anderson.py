@@ -46,7 +46,8 @@ def triangular_anderson(
         order: Over how many steps an equation reaches, k; None for all of the window.
         window: How many of the noisiest unfinished states are evaluated; None for all.
         memory: Of how many iterates the acceleration makes a new one, m; 1 is the plain fixed-point iteration.
-        tolerance: A state has converged when the root mean square of its first-order residual is at most this.
+        tolerance: A state has converged when the root mean square of its first-order residual is at most this. It is to
+            be well below what one step changes (some 1 / N), or the noise itself counts as converged.
         max_iterations: After so many the states are returned as they are; None for N.
         safeguard: Whether the noisiest state that has not converged, and what is noisier, are left unaccelerated.
         regularization: λ of the acceleration's least squares; inner products are sums over states and elements.
