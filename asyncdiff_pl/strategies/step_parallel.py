@@ -35,6 +35,8 @@ class StepParallelStrategy(GroupStrategy):
         capture: Whether the denoiser is recorded as a CUDA graph and replayed, so that the CPU launches a step at once;
             needs an NVIDIA GPU, and by default it is where there is one.
         compile: What torch compiles: none, blocks (the repeated blocks, each kind once) or full (the whole denoiser).
+        share_encoding: Whether each text and image encoder is run by one rank of a group, which alone holds its weights
+            and sends what comes out to the others: less memory on each, in the same time.
         simulate: Plays all ranks in one process, to see the quality on one device without the speed.
         timeout: Seconds after which a message between ranks counts as lost and the run ends.
     """
@@ -46,13 +48,14 @@ class StepParallelStrategy(GroupStrategy):
         cfg: int = 1,
         capture: bool | None = None,
         compile: CompileMode = "none",
+        share_encoding: bool = False,
         simulate: bool = False,
         timeout: float = 600.0,
     ) -> None:
         layout = Layout(cfg=cfg, steps=steps)
         # it validates itself
         StepSettings(layout, warm_up, capture, compile)
-        super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout)
+        super().__init__(layout, 1 if simulate else layout.pipeline_ranks, timeout, share_encoding)
         self.steps = steps
         self.warm_up = warm_up
         self.cfg = cfg
@@ -81,6 +84,7 @@ class StepParallelStrategy(GroupStrategy):
             capture=self.capture,
             compile=self.compile,
             share_decoding=True,
+            share_encoding=self.share_encoding,
             simulate=self.simulate,
             timeout=self.timeout,
             trajectory=module.trajectory,
@@ -97,6 +101,7 @@ class StepParallelStrategy(GroupStrategy):
             "cfg": self.cfg,
             "capture": self.capture,
             "compile": self.compile,
+            "share_encoding": self.share_encoding,
             "simulate": self.simulate,
         }
 

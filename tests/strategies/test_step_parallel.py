@@ -58,7 +58,7 @@ def test_who_runs_which_samples():
 
 def test_describe_names_every_setting_but_the_timeout():
     """The denoising steps of a sample are a column of results.csv already."""
-    given = {"warm_up": 2, "cfg": 2, "capture": True, "compile": "blocks", "simulate": True}
+    given = {"warm_up": 2, "cfg": 2, "capture": True, "compile": "blocks", "simulate": True, "share_encoding": True}
     described = StepParallelStrategy(steps=3, **given).describe()
     assert described == {"strategy": "steps", "parallel_steps": 3} | given
     assert set(inspect.signature(StepParallelStrategy).parameters) - set(given) == {"steps", "timeout"}
