@@ -1,6 +1,6 @@
 """Steps as a Lightning strategy: several denoising steps at a time, one on each rank of a group.
 
-Source: ParaStep (NeurIPS 2025), reuse-then-predict.
+Source: ParaStep (arXiv 2505.14741), reuse-then-predict.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from asyncdiff_pl.parallel.capture import may_capture
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.cross_attention import CrossAttentions
 from asyncdiff_pl.parallel.exchange import Exchange
@@ -25,7 +24,7 @@ from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
 from asyncdiff_pl.parallel.phases import Inputs, Made, Phase, Phases
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.timestep import without_timestep
-from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
+from asyncdiff_pl.parallel.stages.units import split_modules
 from asyncdiff_pl.parallel.steps.place import Place
 from asyncdiff_pl.parallel.steps.settings import StepSettings
 from asyncdiff_pl.parallel.trajectory import Trajectory
@@ -91,9 +90,7 @@ class Calls:
         self._halves = Halves(self.forward, settings.layout.cfg)
         self._met: set[Any] = set()
         self._compiled: Compiled | None = None
-        self._cross_attentions: CrossAttentions | None = None
-        is_fast = settings.compile != "none" or may_capture(settings.capture)
-        self._twin = meta_twin(denoiser) if is_fast else None
+        self._cross_attentions = CrossAttentions(denoiser, self.forward, settings.compile != "none", settings.capture)
 
     def install(self, run: Call) -> None:
         """Has `run` called in the denoiser's place, as `hooks.install` does."""
@@ -108,16 +105,14 @@ class Calls:
     def remove(self) -> None:
         """Gives the denoiser back as it was."""
         uninstall(self._denoiser)
-        if self._cross_attentions is not None:
-            self._cross_attentions.remove()
+        self._cross_attentions.remove()
         if self._compiled is not None:
             self._compiled.remove()
 
     def begin_sample(self) -> None:
         """Has the network looked at again: it may be another one."""
         self.recordings.look_again()
-        if self._cross_attentions is not None:
-            self._cross_attentions.begin_sample()
+        self._cross_attentions.begin_sample()
 
     # -- arguments ----------------------------------------------------------------------------------------------
 
@@ -162,12 +157,7 @@ class Calls:
             self.recordings.begin(stream, device)
         if self._compiled is not None:
             self._compiled.prepare(device)
-        if self._twin is not None and (self._compiled or self.recordings.are_made or self._cross_attentions):
-            if self._cross_attentions is None:
-                # compiled code rounds in its own way already
-                sees_one = self._compiled is not None
-                self._cross_attentions = CrossAttentions(self._denoiser, self.forward, sees_one)
-            self._cross_attentions.look(self._twin, signature, self._inputs(stream, args, kwargs)[0])
+        self._cross_attentions.look(signature, self._inputs(stream, args, kwargs)[0], self.recordings.are_made)
         # weights may have another layout, and attention another processor
         self.recordings.look_again()
 
@@ -184,8 +174,7 @@ class Calls:
             The tensors of its result, of both halves.
         """
         inputs = self._inputs(stream, args, kwargs)
-        if self._cross_attentions is not None:
-            self._cross_attentions.follow(stream.signature, inputs)
+        self._cross_attentions.follow(stream.signature, inputs)
         if self._compiled is not None:
             call = self._compiled.wrap("", call)
 

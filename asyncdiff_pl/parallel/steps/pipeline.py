@@ -5,7 +5,7 @@ first step of a round each rank foresees the latents of its own step, computes t
 get all estimates. In the round's other steps the denoiser's call returns the one that was made for it: so guidance and
 scheduler, on every rank, go through the true latents alone.
 
-Source: ParaStep (NeurIPS 2025), reuse-then-predict; with the scheduler's history kept true on all ranks.
+Source: ParaStep (arXiv 2505.14741), reuse-then-predict; with the scheduler's history kept true on all ranks.
 """
 
 from __future__ import annotations

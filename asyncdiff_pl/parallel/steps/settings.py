@@ -4,7 +4,7 @@ W = warm_up, p = steps of a round, s = step. Steps s < W are exact: every rank c
 steps, in which rank r computes step s + r of the round that begins with s. The last round has as many steps as are
 left; a round of one step is an exact step.
 
-Source: ParaStep (NeurIPS 2025), reuse-then-predict.
+Source: ParaStep (arXiv 2505.14741), reuse-then-predict.
 """
 
 from __future__ import annotations
