@@ -37,6 +37,10 @@ LAYOUTS = [
     {"stages": 2, "warm_up": 2, "refresh_every": 3},
     {"stages": 2, "warm_up": WarmUp(until_drift=0.35)},
     {"stages": 2, "warm_up_mode": "relay"},
+    {"steps": 2, "warm_up": 2},
+    # two ranks have nothing to do in the last round
+    {"steps": 4, "warm_up": 1},
+    {"steps": 2, "cfg": 2, "warm_up": 2},
     {"cfg": 2},
     {"stages": 2, "cfg": 2, "warm_up": 2},
     {"stages": 2, "cfg": 2, "warm_up_mode": "relay"},
@@ -58,8 +62,8 @@ PATCH_BOUND = 1e-9
 
 
 def num_ranks(settings: dict) -> int:
-    ranks_of_half = settings.get("patches", settings.get("stages", 1) + settings.get("stride", 1) - 1)
-    return settings.get("cfg", 1) * ranks_of_half
+    ranks_of_stages = settings.get("stages", 1) + settings.get("stride", 1) - 1
+    return settings.get("cfg", 1) * max(ranks_of_stages, settings.get("patches", 1), settings.get("steps", 1))
 
 
 def to_gpu(tree):

@@ -264,13 +264,14 @@ def test_a_pipeline_with_two_calls_a_step_is_captured():
     assert recorder.replays > 0
 
 
-def test_compiled(monkeypatch):
+@pytest.mark.parametrize("compile", ["blocks", "full"])
+def test_compiled(compile, monkeypatch):
     graphs = []
     monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward)
     blocks = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     denoiser = UNet2DConditionModel(sample_size=8, layers_per_block=1, cross_attention_dim=TEXT, **blocks).eval()
     found = []
-    for settings in ({}, {"compile": "blocks"}, {}):
+    for settings in ({}, {"compile": compile}, {}):
         scheduler = ddim()
         handle = parallelize(denoiser, steps=2, warm_up=1, simulate=True, scheduler=scheduler, **settings)
         found.append(Sampler("sd21")(denoiser, scheduler, 3))
