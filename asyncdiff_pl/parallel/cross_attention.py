@@ -17,7 +17,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from asyncdiff_pl.parallel.capture import may_capture
 from asyncdiff_pl.parallel.phases import Inputs, number_format
+from asyncdiff_pl.parallel.stages.units import meta_twin
 
 CONTEXT = "encoder_hidden_states"
 """The denoiser's argument with what all cross-attention may see."""
@@ -76,34 +78,46 @@ class SteadyAttention:
 
 
 class CrossAttentions:
-    """Puts `SteadyAttention` into a denoiser, and keeps its keys and values.
+    """Puts `SteadyAttention` into a denoiser whose steps are compiled or recorded, and keeps its keys and values.
 
     Args:
-        denoiser: The network.
+        denoiser: The network, without hooks so far.
         forward: Its own forward, whose signature names the arguments.
-        sees_one: As `SteadyAttention` takes it.
+        is_compiled: Whether it is compiled, and rounds in its own way already: then a single token is its own result.
+        capture: Whether its steps are recorded; None for where there is an NVIDIA GPU.
+        twin: It on the meta device, where there is one already.
     """
 
-    def __init__(self, denoiser: nn.Module, forward: Callable[..., Any], sees_one: bool) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        forward: Callable[..., Any],
+        is_compiled: bool,
+        capture: bool | None,
+        twin: nn.Module | None = None,
+    ) -> None:
+        self._denoiser = denoiser
+        self._is_compiled = is_compiled
+        self._twin = (twin or meta_twin(denoiser)) if is_compiled or may_capture(capture) else None
         self._argument_names = list(inspect.signature(forward).parameters)
         self._layers: dict[str, tuple[Attention, SteadyAttention]] = {}
         self._kept: dict[Hashable, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._seeing: dict[Hashable, frozenset[str]] = {}
         self._context: torch.Tensor | None = None
         self._known: Hashable = None
-        for name, layer in _plain_layers(denoiser):
-            processor = SteadyAttention(layer.processor, sees_one)
-            layer.processor = processor
-            self._layers[name] = layer, processor
 
-    def look(self, twin: nn.Module, kind: Hashable, inputs: Inputs) -> None:
+    def look(self, kind: Hashable, inputs: Inputs, is_recorded: bool) -> None:
         """Finds out which layers see the denoiser's own argument, for inputs of a kind.
 
         Args:
-            twin: The network on the meta device.
             kind: Tells the kind from others.
             inputs: Arguments of a call.
+            is_recorded: Whether such calls are recorded.
         """
+        if self._twin is None or not (self._is_compiled or is_recorded):
+            return
+        if not self._layers:
+            self._install()
         seen: set[str] = set()
         moved: dict[int, torch.Tensor] = {}
 
@@ -117,13 +131,13 @@ class CrossAttentions:
         args, kwargs = tree_map_only(torch.Tensor, to_meta, inputs)
         context = self._context_of(inputs)
         hooks = [
-            twin.get_submodule(name).register_forward_pre_hook(
+            self._twin.get_submodule(name).register_forward_pre_hook(
                 lambda module, args, kwargs, name=name: note(name, kwargs), with_kwargs=True
             )
             for name in self._layers
         ]
         with torch.inference_mode(False), torch.no_grad():
-            twin(*args, **kwargs)
+            self._twin(*args, **kwargs)
         for hook in hooks:
             hook.remove()
         self._seeing[kind] = frozenset(seen)
@@ -136,10 +150,12 @@ class CrossAttentions:
         """Gives the layers the keys and values of a call's context.
 
         Args:
-            kind: The inputs' kind, which was looked at.
+            kind: The inputs' kind; nothing happens if it was not looked at.
             inputs: Arguments of the denoiser calls of a step. Of several, each has a context of its own, and the layers
                 compute what they need themselves.
         """
+        if kind not in self._seeing:
+            return
         # scales of adapters among these arguments hold within the denoiser's call alone
         is_plain = len(inputs) == 1 and not inputs[0][1].get("cross_attention_kwargs")
         context = self._context_of(inputs[0]) if is_plain else None
@@ -163,6 +179,12 @@ class CrossAttentions:
         for layer, processor in self._layers.values():
             if layer.processor is processor:
                 layer.processor = processor.own
+
+    def _install(self) -> None:
+        for name, layer in _plain_layers(self._denoiser):
+            processor = SteadyAttention(layer.processor, self._is_compiled)
+            layer.processor = processor
+            self._layers[name] = layer, processor
 
     @torch.no_grad()
     def _compute(

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from asyncdiff_pl.parallel.compiling import Compiled
+from asyncdiff_pl.parallel.cross_attention import CrossAttentions
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import Halves, find_latents, join_halves
 from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
@@ -136,6 +137,7 @@ class PatchPipeline(TrajectoryListener):
         self._compiled: Compiled | None = None
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, split_modules(denoiser)[1], gains_in_patches)
+        self._cross_attentions = CrossAttentions(denoiser, self._forward, settings.compile != "none", settings.capture)
         # uncompiled, the further kernels would take longer than the messages that they save
         joins = settings.mode == "full_sync" and self._compiled is not None
         self._layers = PatchLayers(denoiser, self._compiled, joins)
@@ -166,6 +168,7 @@ class PatchPipeline(TrajectoryListener):
         self.reset()
         self.trajectory.unsubscribe(self)
         uninstall(self.denoiser)
+        self._cross_attentions.remove()
         if self._compiled is not None:
             self._compiled.remove()
 
@@ -180,6 +183,7 @@ class PatchPipeline(TrajectoryListener):
                 stream.phases.begin_sample()
         self._layers.look_again()
         self.recordings.look_again()
+        self._cross_attentions.begin_sample()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
@@ -191,6 +195,7 @@ class PatchPipeline(TrajectoryListener):
         halves = self._halves_here[:1] if is_whole else self._halves_here
         inputs = [(args, kwargs) if is_whole else self._halves(args, kwargs, half) for half in halves]
         stream = self._prepare(is_whole, inputs[0])
+        self._cross_attentions.follow(stream.signature, inputs)
         number, is_last = position - stream.begins, position + 1 >= trajectory.num_steps
         is_exact = settings.is_synchronous(number)
         if trajectory.call == 0:
@@ -279,8 +284,9 @@ class PatchPipeline(TrajectoryListener):
                 self._compiled.prepare(latents.device)
                 trajectory.has_one_time_work |= signature not in self._met
                 self._met.add(signature)
-                # weights may have another layout now
-                self.recordings.look_again()
+            self._cross_attentions.look(signature, inputs, self.recordings.are_made)
+            # weights may have another layout now, and attention another processor
+            self.recordings.look_again()
         elif stream.next_position != position:
             # a new sample, or a call after steps without it
             for traffic in stream.traffics:

@@ -87,7 +87,9 @@ class StagePipeline(TrajectoryListener):
         self._compiled: Compiled | None = None
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, pieces if settings.compile == "blocks" else {"": denoiser})
-        self._cross_attentions: CrossAttentions | None = None
+        self._cross_attentions = CrossAttentions(
+            denoiser, self._forward, settings.compile != "none", settings.capture, self._twin
+        )
         self._placement: Placement | None = None
         if settings.warm_up_mode == "relay":
             self._placement = Placement(denoiser, pieces, device_of_rank(denoiser))
@@ -128,8 +130,7 @@ class StagePipeline(TrajectoryListener):
         self._streams.drop()
         self.trajectory.unsubscribe(self)
         uninstall(self.denoiser)
-        if self._cross_attentions is not None:
-            self._cross_attentions.remove()
+        self._cross_attentions.remove()
         if self._compiled is not None:
             self._compiled.remove()
         if self._placement is not None:
@@ -142,8 +143,7 @@ class StagePipeline(TrajectoryListener):
         self.exact_steps, self._last_exact = 0, None
         self._streams.begin_sample()
         self.recordings.look_again()
-        if self._cross_attentions is not None:
-            self._cross_attentions.begin_sample()
+        self._cross_attentions.begin_sample()
 
     # -- one call of the denoiser -------------------------------------------------------------------------------
 
@@ -157,8 +157,7 @@ class StagePipeline(TrajectoryListener):
         step = self.trajectory.position - stream.begins
         num_steps = self.trajectory.num_steps - stream.begins
         plan = self._plan(stream, step, num_steps)
-        if self._cross_attentions is not None:
-            self._cross_attentions.follow(stream.signature, inputs)
+        self._cross_attentions.follow(stream.signature, inputs)
         if self._compiled is not None:
             call = self._compiled.wrap("", call)
         if plan.is_exact:
@@ -309,12 +308,7 @@ class StagePipeline(TrajectoryListener):
             self._compiled.prepare(stream.device)
         if self.settings.layout.stages > 1:
             self._cut_into_stages(stream, inputs)
-        if self._compiled or self.recordings.are_made or self._cross_attentions:
-            if self._cross_attentions is None:
-                # compiled code rounds in its own way already
-                sees_one = self._compiled is not None
-                self._cross_attentions = CrossAttentions(self.denoiser, self._forward, sees_one)
-            self._cross_attentions.look(self._twin, stream.signature, inputs)
+        self._cross_attentions.look(stream.signature, inputs, self.recordings.are_made)
         if self._compiled is not None and self._placement is not None:
             # the stage's weights are here by now
             self._compiled.prepare(stream.device)
