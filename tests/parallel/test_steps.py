@@ -133,6 +133,14 @@ def test_noise_without_a_generator_is_the_same_that_is_foreseen():
     assert distance(found, defined(denoiser, sampler, SCHEDULERS["ancestral"](), 6, 2, 1)) < 1e-5
 
 
+def test_inference_mode():
+    scheduler = SCHEDULERS["dpm++"]
+    expected = simulated("sd21", 5, scheduler(), steps=3, warm_up=2)
+    with torch.inference_mode():
+        found = simulated("sd21", 5, scheduler(), steps=3, warm_up=2)
+    assert torch.equal(found[0], expected[0])
+
+
 def test_halves_of_the_guidance_batch():
     for name in ("svd", "sdxl"):
         (one,), (two,) = (simulated(name, 5, steps=2, warm_up=2, cfg=cfg) for cfg in (1, 2))
