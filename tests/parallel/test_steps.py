@@ -187,7 +187,7 @@ def test_counts():
 
 # each kind once; schedulers that repeat timesteps, a second call in all steps or in some, several samples at once
 STEPPED = ["img2img", "upscale", "sdxl", "sdxl_inpaint", "sd3", "flux_true_cfg", "animatediff", "sd15_heun"]
-STEPPED += ["img2img_pndm", "sd3_skips_layers", "dit_of_three", "sd15_ip_adapter"]
+STEPPED += ["sd21", "flux", "img2img_pndm", "sd3_skips_layers", "dit_of_three", "sd15_ip_adapter"]
 
 
 @functools.cache
