@@ -37,15 +37,8 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Makes recordings that share their memory, so that one runs at a time."""
 
-    def rehearse(self, run: Callable[[], Result]) -> Result:
-        """Runs what is to be recorded once as it is, so that all it needs once is there.
-
-        Returns:
-            What `run` returned.
-        """
-
     def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
-        """Records what `run` launches. It was rehearsed.
+        """Records what `run` launches. It has run before: what it needs once is there.
 
         Returns:
             The recording, and what `run` returned: the tensors that each replay writes.
@@ -65,28 +58,8 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = _recording_stream(device)
-        self._pool = torch.cuda.MemPool()
+        self._pool = torch.cuda.graph_pool_handle()
         self._num_alive = 0
-
-    def rehearse(self, run: Callable[[], Result]) -> Result:
-        """Runs what is to be recorded once as it is, in the memory that recordings have.
-
-        Elsewhere it would take as much again, beside what earlier recordings hold. The allocator gives memory of one
-        stream to that stream alone, so it is the recordings' own.
-
-        Args:
-            run: Launches on the current stream.
-
-        Returns:
-            What `run` returned; the current stream waits for it.
-        """
-        outer = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(outer)
-        memory = torch.cuda.use_mem_pool(self._pool, self.device)
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), memory:
-            result = run()
-        outer.wait_stream(self._stream)
-        return result
 
     def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
         """Records what `run` launches; nothing of it runs now.
@@ -105,7 +78,7 @@ class CudaRecorder:
         # where ending a failed capture raises, torch leaves its stream the current one: the outer context undoes it
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             try:
-                with self._recording(graph, self._pool.id):
+                with self._recording(graph, self._pool):
                     result = run()
             except RuntimeError as error:
                 self._recover()
@@ -117,8 +90,8 @@ class CudaRecorder:
         """Counts one recording less."""
         self._num_alive -= 1
         if self._num_alive == 0:
-            # memory of the last graph is given back in time of its own, and the pool with it
-            self._pool = torch.cuda.MemPool()
+            # memory of the last graph is given back in time of its own, and the handle with it
+            self._pool = torch.cuda.graph_pool_handle()
 
     def _recover(self) -> None:
         """Has torch's random numbers drawn outside of graphs again: a broken capture leaves them in it until 2.12."""

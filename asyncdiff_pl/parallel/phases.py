@@ -176,7 +176,7 @@ class Phases:
         while len(alike) >= MAX_ALIKE:
             alike.pop(next(iter(alike))).recording.drop()
         inputs = StaticInputs(given, self._device)
-        made = self._recorder.rehearse(lambda: self._compute(body, inputs))
+        made = self._compute(body, inputs)
         try:
             recording, kept = self._recorder.record(lambda: self._compute(body, inputs))
             alike[conditions] = _Recorded(recording, inputs, kept, held())

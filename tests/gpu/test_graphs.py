@@ -229,25 +229,6 @@ def test_recordings_share_their_memory():
         recording.drop()
 
 
-def test_a_rehearsal_takes_the_memory_of_recordings():
-    recorder = recorder_for(GPU, None)
-    given = torch.ones(2**26, device=GPU)
-
-    def large():
-        return ((given + 1) * 2 + 3).sum()
-
-    recorder.rehearse(large)
-    recording, result = recorder.record(large)
-    torch.cuda.empty_cache()
-    once = torch.cuda.memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
-    assert recorder.rehearse(large).item() == 5 * 2**26
-    assert torch.cuda.max_memory_reserved() < once + 2**25
-    recording.replay()
-    assert result.item() == 5 * 2**26
-    recording.drop()
-
-
 def test_why_something_could_not_be_recorded():
     recorder = recorder_for(GPU, None)
     with pytest.raises(CannotCapture, match="a step could not be recorded"):

@@ -33,9 +33,6 @@ class FakeRecorder:
         self.replays = 0
         self.alive = 0
 
-    def rehearse(self, run: Callable[[], Any]) -> Any:
-        return run()
-
     def record(self, run: Callable[[], Any]) -> tuple["FakeRecording", Any]:
         writer = _Writer()
         try:

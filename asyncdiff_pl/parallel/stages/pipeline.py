@@ -306,9 +306,12 @@ class StagePipeline(TrajectoryListener):
         self.recordings.begin(stream, stream.device)
         if self._compiled is not None:
             self._compiled.prepare(stream.device)
+        self._cross_attentions.look(stream.signature, inputs, self.recordings.are_made)
+        if self.settings.balance == "measured":
+            # units are compiled in the form that stays, and then timed
+            self._cross_attentions.follow(stream.signature, [inputs])
         if self.settings.layout.stages > 1:
             self._cut_into_stages(stream, inputs)
-        self._cross_attentions.look(stream.signature, inputs, self.recordings.are_made)
         if self._compiled is not None and self._placement is not None:
             # the stage's weights are here by now
             self._compiled.prepare(stream.device)
