@@ -48,7 +48,7 @@ SETTINGS = {
 OTHERS = {
     "model": [models.PipelinePredictor],
     "data": [data.PromptFile, data.ClassLabels],
-    "trainer.strategy": [strategies.PatchStrategy],
+    "trainer.strategy": [strategies.PatchStrategy, strategies.StepParallelStrategy],
 }
 """Classes that may stand there in their place: `predict --help` explains what settings they have beyond the first's."""
 
