@@ -136,8 +136,12 @@ class CrossAttentions:
             )
             for name in self._layers
         ]
-        with torch.inference_mode(False), torch.no_grad():
-            self._twin(*args, **kwargs)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._twin(*args, **kwargs)
+        except (RuntimeError, TypeError, NotImplementedError):
+            # a network that does not run on the meta device, as one with distributed tensors, keeps what it has
+            seen.clear()
         for hook in hooks:
             hook.remove()
         self._seeing[kind] = frozenset(seen)

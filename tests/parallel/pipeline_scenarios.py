@@ -18,9 +18,8 @@ def of_pipelines(names: list[str], simulate: bool, **settings) -> list[torch.Ten
 
 
 # a case stands for its kind as well
-IN_TWO = ["sd21", "img2img", "upscale", "controlnets", "sdxl_inpaint", "sdxl_controlnet", "sd3", "flux", "animatediff"]
-IN_TWO += ["sd15_of_three", "dit_of_three", "controlnet_guesses", "sdxl_guidance_ends"]
-IN_TWO += ["sd15_ip_adapter", "sdxl_ip_adapter", "flux_ip_adapter"]
+IN_TWO = ["sd21", "img2img", "upscale", "controlnets", "sdxl_inpaint", "sd3", "flux", "animatediff"]
+IN_TWO += ["dit_of_three", "sdxl_guidance_ends", "sdxl_ip_adapter", "flux_ip_adapter"]
 # none of them where peft is not installed
 IN_TWO += [name for name in CASES if name.endswith("_lora")]
 WITH_STRIDE = [name for name in KINDS if name not in ("sd15", "img2img", "controlnet", "sdxl_controlnet")]

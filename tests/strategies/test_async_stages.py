@@ -131,7 +131,7 @@ def test_describe(warm_up, described):
         "time_shift": True,
         "cfg": 2,
         "layout": "fixed",
-        "capture": False,
+        "capture": None,
         "compile": "none",
         "balance": "operations",
         "warm_up_mode": "replicated",
