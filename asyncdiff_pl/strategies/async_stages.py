@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from asyncdiff_pl.parallel import Layout, Parallel, WarmUp, parallelize
+from asyncdiff_pl.parallel import Layout, Parallel, WarmUp
 from asyncdiff_pl.parallel.api import check_modes, check_settings, denoiser_of
 from asyncdiff_pl.parallel.search import name_of
 from asyncdiff_pl.parallel.warm_up import count_exact, span_of
@@ -218,8 +218,8 @@ class AsyncDiffStrategy(GroupStrategy):
     def install(self, module: pl.LightningModule) -> Parallel:
         if self.layout == "auto":
             self._choose_together(module)
-        return parallelize(
-            module.pipeline,
+        return self.parallelized(
+            module,
             stages=self.stages,
             stride=self.stride,
             warm_up=self.warm_up,
@@ -232,12 +232,6 @@ class AsyncDiffStrategy(GroupStrategy):
             balance=self.balance,
             warm_up_mode=self.warm_up_mode,
             folded=self.folded,
-            share_decoding=True,
-            share_encoding=self.share_encoding,
-            simulate=self.simulate,
-            timeout=self.timeout,
-            trajectory=module.trajectory,
-            groups=self.groups,
         )
 
     @override

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from asyncdiff_pl.parallel import Groups, Layout, Parallel
+from asyncdiff_pl.parallel import Groups, Layout, Parallel, parallelize
 from asyncdiff_pl.parallel.encoders import encoders_of
 from asyncdiff_pl.parallel.weights import left_behind
 from asyncdiff_pl.processes import die_with_parent
@@ -52,6 +52,9 @@ class GroupStrategy(ParallelStrategy):
     is_distributed = True
     """Lightning looks this up by name."""
 
+    simulate: bool = False
+    """Whether one process plays all ranks."""
+
     def __init__(
         self, layout: Layout | None, ranks_per_group: int | None, timeout: float, share_encoding: bool = False
     ) -> None:
@@ -67,6 +70,24 @@ class GroupStrategy(ParallelStrategy):
         self._handle: Parallel | None = None
         self._owns_connection = False
         self._has_failed = False
+
+    def parallelized(self, module: pl.LightningModule, **settings: Any) -> Parallel:
+        """Runs a module's denoiser on the ranks of the group, as `parallelize` does.
+
+        Args:
+            module: What runs a pipeline.
+            settings: The strategy's own arguments of `parallelize`.
+        """
+        return parallelize(
+            module.pipeline,
+            share_decoding=True,
+            share_encoding=self.share_encoding,
+            simulate=self.simulate,
+            timeout=self.timeout,
+            trajectory=module.trajectory,
+            groups=self.groups,
+            **settings,
+        )
 
     # -- what a subclass says -----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
-from asyncdiff_pl.parallel import Layout, Parallel, parallelize
+from asyncdiff_pl.parallel import Layout, Parallel
 from asyncdiff_pl.parallel.guidance import find_latents
 from asyncdiff_pl.parallel.patches.pipeline import KINDS
 from asyncdiff_pl.parallel.patches.rows import ROWS, row_unit, shares
@@ -121,19 +121,13 @@ class PatchStrategy(GroupStrategy):
     def install(self, module: pl.LightningModule) -> Parallel:
         # 1 is the reference of other numbers, whatever their mode
         of_patches = {"mode": self.mode, "portion": self.portion} if self.patches > 1 else {}
-        return parallelize(
-            module.pipeline,
+        return self.parallelized(
+            module,
             patches=self.patches,
             warm_up=self.warm_up,
             cfg=self.cfg,
             capture=self.capture,
             compile=self.compile,
-            share_decoding=True,
-            share_encoding=self.share_encoding,
-            simulate=self.simulate,
-            timeout=self.timeout,
-            trajectory=module.trajectory,
-            groups=self.groups,
             **of_patches,
         )
 

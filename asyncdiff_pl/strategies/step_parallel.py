@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
-from asyncdiff_pl.parallel import Layout, Parallel, parallelize
+from asyncdiff_pl.parallel import Layout, Parallel
 from asyncdiff_pl.parallel.stages.settings import CompileMode
 from asyncdiff_pl.parallel.steps.settings import StepSettings, round_of
 from asyncdiff_pl.strategies.base import GroupStrategy, either
@@ -76,19 +76,13 @@ class StepParallelStrategy(GroupStrategy):
 
     @override
     def install(self, module: pl.LightningModule) -> Parallel:
-        return parallelize(
-            module.pipeline,
+        return self.parallelized(
+            module,
             steps=self.steps,
             warm_up=self.warm_up,
             cfg=self.cfg,
             capture=self.capture,
             compile=self.compile,
-            share_decoding=True,
-            share_encoding=self.share_encoding,
-            simulate=self.simulate,
-            timeout=self.timeout,
-            trajectory=module.trajectory,
-            groups=self.groups,
         )
 
     @override

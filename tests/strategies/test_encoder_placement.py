@@ -46,7 +46,7 @@ def test_encoders_stay_until_it_is_known_who_holds_them(strategy, encoder, denoi
 @pytest.mark.parametrize("kind", [AsyncDiffStrategy, PatchStrategy])
 @pytest.mark.parametrize("shares", [False, True])
 def test_the_setting_comes_through(kind, shares, monkeypatch):
-    monkeypatch.setattr(f"{kind.__module__}.parallelize", lambda pipe, **settings: settings)
+    monkeypatch.setattr("asyncdiff_pl.strategies.base.parallelize", lambda pipe, **settings: settings)
     strategy = kind(share_encoding=shares)
     strategy._groups = Groups()
     settings = strategy.install(Module())
