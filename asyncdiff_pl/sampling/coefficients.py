@@ -71,6 +71,21 @@ class StepCoefficients:
         """Whether the steps add noise."""
         return bool(self.noise_deviations.any())
 
+    @property
+    def latent_scales(self) -> Tensor:
+        """What each state is multiplied with to be a pipeline's latents at that point, [N + 1]."""
+        levels = torch.cat([self.next_levels, self.levels[-1:]])
+        return torch.ones_like(levels) if self.initial_scale == 1.0 else levels.rsqrt()
+
+    def last(self, number: int) -> StepCoefficients:
+        """The last steps in time alone, whose noise is the state that they begin with.
+
+        Args:
+            number: How many, from 1 up.
+        """
+        tensors = {name: value[:number] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, initial_scale=1 / float(self.latent_scales[number]))
+
     def to(self, device: torch.device) -> StepCoefficients:
         """The same on a device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
