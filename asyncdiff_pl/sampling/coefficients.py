@@ -129,6 +129,22 @@ def along(numbers: Tensor, states: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * (states.ndim - 1))
 
 
+def check_kind(kind: type[Any]) -> None:
+    """Tells that schedulers of a class cannot be read.
+
+    Args:
+        kind: The class.
+
+    Raises:
+        ValueError: Their steps are not of this form.
+    """
+    if not issubclass(kind, (*_DDIM, *_DDPM, EulerDiscreteScheduler)):
+        raise ValueError(
+            f"{kind.__name__} cannot be solved in parallel in time, since its steps are not known as linear in the "
+            "state and the noise estimate; take ddim, ddpm or euler_discrete."
+        )
+
+
 def read_coefficients(scheduler: Any, eta: float | None = None) -> StepCoefficients:
     """Reads the steps of a scheduler whose `set_timesteps` was called.
 
@@ -144,11 +160,7 @@ def read_coefficients(scheduler: Any, eta: float | None = None) -> StepCoefficie
         ValueError: The scheduler's steps are not of this form, or η is out of range.
     """
     name = type(scheduler).__name__
-    if not isinstance(scheduler, (*_DDIM, *_DDPM, EulerDiscreteScheduler)):
-        raise ValueError(
-            f"{name} cannot be solved in parallel in time, since its steps are not known as linear in the state and "
-            "the noise estimate; take ddim, ddpm or euler_discrete."
-        )
+    check_kind(type(scheduler))
     eta = float(isinstance(scheduler, _DDPM)) if eta is None else eta
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; give one from 0 (no noise) to 1 (the noise of DDPM).")
