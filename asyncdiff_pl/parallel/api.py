@@ -33,6 +33,7 @@ from asyncdiff_pl.parallel.time.settings import TimeParallel
 from asyncdiff_pl.parallel.time.solved import Solved
 from asyncdiff_pl.parallel.trajectory import Trajectory
 from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
+from asyncdiff_pl.sampling import Callback
 
 
 class Parallel:
@@ -119,6 +120,15 @@ class Parallel:
     def solved(self) -> Solved | None:
         """What solving the steps of the last samples together came to; None where they are taken otherwise."""
         return self._pipeline.solved if isinstance(self._pipeline, TimePipeline) else None
+
+    def watch_iterations(self, watcher: Callback | None) -> None:
+        """Has someone told of each iteration of a solver; nothing happens where there is none.
+
+        Args:
+            watcher: Is told, in place of the one before; None for nobody.
+        """
+        if isinstance(self._pipeline, TimePipeline):
+            self._pipeline.watcher = watcher
 
     def reset(self) -> None:
         """Forgets the sample in work, as after an interruption: the next denoiser call begins a new one."""

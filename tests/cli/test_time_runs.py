@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,7 +27,7 @@ def here(command):
 
 
 def test_what_runs_write(command, here):
-    here("demo_parataa", "first", STRATEGY + "tolerance", "0", "--data.batch_size", "2")
+    here("demo_parataa", "first", STRATEGY + "tolerance", "0", "--data.batch_size", "2", "--solver.sheets", "1")
     log = command.log("first")
     (result,) = log.table("results.csv")
     described = [result[name] for name in ("strategy", "method", "ranks", "memory", "tolerance", "avg_iterations")]
@@ -39,6 +41,18 @@ def test_what_runs_write(command, here):
     events = EventAccumulator(str(log.path)).Reload()
     assert [event.value for event in events.Scalars("solver/iterations/steps=5")] == [4, 4]
     assert [event.step for event in events.Scalars("solver/residual/steps=5")] == [1, 2, 3, 4]
+
+    (sheet,) = (log.path / "iterations" / "steps=5").iterdir()
+    with Image.open(sheet) as picture:
+        assert sheet.name == "1.png"
+        # titles, and four iterations with a text above each
+        assert picture.height == 22 + 4 * (22 + 32) + 3 * 2
+        row = np.asarray(picture.convert("RGB")).astype(int)[-32:]
+    with Image.open(log.path / "frames" / "steps=5" / "1.png") as picture:
+        result = np.asarray(picture.convert("RGB"))
+    # the last row ends with the result
+    places = range(row.shape[1] * 3 // 4, row.shape[1] - 31)
+    assert min(np.abs(row[:, at : at + 32] - result).max() for at in places) <= 1
 
     path = log.path / "trajectories" / "steps=5" / "1.safetensors"
     with safe_open(path, "pt") as file:
@@ -57,3 +71,11 @@ def test_what_runs_write(command, here):
         assert torch.equal(file.get_tensor("states")[2:4], states[2:4])
     with pytest.raises(ValueError, match=r"holds no version_0/trajectories/steps=4/1.safetensors: give the log folder"):
         here("demo_from_trajectory", "fewer", STRATEGY + "initial_trajectory", str(log.path), *SMALL[:1], "4")
+
+
+def test_a_dry_run_does_not_guess_at_iterations(command, here, capsys):
+    with pytest.raises(SystemExit):
+        here("demo_parataa", "dry", "--dry-run")
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["time"].startswith("not known before a run")
+    assert "method triangular_anderson" in lines["ranks"]

@@ -37,7 +37,7 @@ from asyncdiff_pl.parallel.time.evaluation import Evaluation
 from asyncdiff_pl.parallel.time.settings import TimeParallel
 from asyncdiff_pl.parallel.time.solved import Solved
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
-from asyncdiff_pl.sampling import Solution, StepCoefficients, picard, read_coefficients, triangular_anderson
+from asyncdiff_pl.sampling import Callback, Solution, StepCoefficients, picard, read_coefficients, triangular_anderson
 
 _REMEDY = "take stages or steps"
 _KNOWN = ("model_output", "timestep", "sample", "eta", "generator", "return_dict")
@@ -71,6 +71,8 @@ class TimePipeline(TrajectoryListener):
         self.settings = settings
         self.solved: Solved | None = None
         """What the sample in work, or the last one, came to; None before its steps are solved."""
+        self.watcher: Callback | None = None
+        """Is told of each iteration; its states are those of all steps but the first."""
         self.asynchronous_steps = 0
         """Steps so far that were solved together."""
         self.exact_steps = 0
@@ -373,6 +375,7 @@ class TimePipeline(TrajectoryListener):
             # the first step is exact
             "initial_trajectory": None if trajectory is None else trajectory[:, :-1],
             "variation_steps": variation_steps,
+            "callback": self.watcher,
         }
         remaining = coefficients.last(number)
         if settings.method == "picard":
