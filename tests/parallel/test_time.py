@@ -61,7 +61,7 @@ def test_without_tolerance_it_is_one_step_after_the_other(name):
     assert not any(told.unfinished)
 
 
-@pytest.mark.parametrize("settings", [{"order": 1}, {"memory": 1}, {"window": 3}, {"method": "picard"}, {"batch": 3}])
+@pytest.mark.parametrize("settings", [{"order": 1, "memory": 1}, {"window": 3}, {"method": "picard", "batch": 3}])
 def test_so_it_is_with_all_settings(settings):
     found, told = solved(pipeline_of("sd15"), tolerance=0.0, **settings)
     assert distance(found, exact("sd15")) < 1e-5
@@ -117,14 +117,14 @@ SCHEDULERS = {
 def test_videos(kind):
     """SVD's latents have its picture beside them, and its Euler scheduler's are of another scale."""
     denoiser, sampler, scheduler = denoiser_of("svd"), Sampler("svd", batch=2), SCHEDULERS[kind]()
-    expected = sampler(denoiser, SCHEDULERS[kind](), 5)
+    expected = sampler(denoiser, SCHEDULERS[kind](), 4)
     handle = parallelize(denoiser, time=TimeParallel(tolerance=0.0), simulate=True, scheduler=scheduler)
-    assert distance(sampler(denoiser, scheduler, 5), expected) < 1e-5
+    assert distance(sampler(denoiser, scheduler, 4), expected) < 1e-5
     states = handle.solved.trajectory
     assert distance(handle.solved.latents(0), expected) < 1e-5
-    assert distance(handle.solved.latents(5), sampler.latents * scheduler.init_noise_sigma) < 1e-5
+    assert distance(handle.solved.latents(4), sampler.latents * scheduler.init_noise_sigma) < 1e-5
     # the result's noise apart, states have the variance of a denoiser's input
-    assert 0.5 < float(states[:, 5].std()) < 2
+    assert 0.5 < float(states[:, 4].std()) < 2
     handle.remove()
 
 
@@ -149,13 +149,13 @@ def test_no_guidance(name, scale):
 
 def test_a_tolerance_saves_iterations():
     sample = Sample("sd15")
-    sample.more = {"num_inference_steps": 30}
+    sample.more = {"num_inference_steps": 20}
     expected = sample()
     found, told = solved(sample, tolerance=1e-2)
-    assert 1 < told.iterations[0] < 15
+    assert 1 < told.iterations[0] < 10
     assert 0 < distance(found, expected) < 0.02
     (residuals,) = told.residuals
-    assert residuals.shape == (told.iterations[0], 29)
+    assert residuals.shape == (told.iterations[0], 19)
     # all begin as the noise, and what was finished is not looked at again
     assert not residuals[0].isnan().any()
     assert residuals[-1].isnan().sum() > 0
@@ -174,12 +174,12 @@ def test_samples_of_a_batch_converge_each_on_its_own():
     both.latents[0] *= 3
     both.latents[1] /= 10
     handle = parallelize(denoiser, time=TimeParallel(tolerance=2e-3), simulate=True, scheduler=scheduler)
-    found = both(denoiser, scheduler, 20)
+    found = both(denoiser, scheduler, 12)
     iterations = handle.solved.iterations
     for at in range(2):
         alone = Sampler("sd21")
         alone.latents, alone.kwargs = both.latents[at : at + 1], {"encoder_hidden_states": text[at::2]}
-        assert distance(alone(denoiser, scheduler, 20), found[at : at + 1]) < 1e-4
+        assert distance(alone(denoiser, scheduler, 12), found[at : at + 1]) < 1e-4
         assert handle.solved.iterations == iterations[at : at + 1]
     handle.remove()
     assert iterations[0] < iterations[1]
@@ -189,20 +189,20 @@ def test_what_was_sampled_before_leaves_no_trace():
     denoiser, scheduler = denoiser_of("sd21"), ddim()
     one, three, large = Sampler("sd21"), Sampler("sd21", batch=3), Sampler("sd21", size=16)
     handle = parallelize(denoiser, time=TimeParallel(ranks=2), simulate=True, scheduler=scheduler)
-    alone = one(denoiser, scheduler, 6)
+    alone = one(denoiser, scheduler, 5)
     three(denoiser, scheduler, 4)
-    assert torch.equal(one(denoiser, scheduler, 6), alone)
+    assert torch.equal(one(denoiser, scheduler, 5), alone)
     for stop in (1, 2):
-        large(denoiser, scheduler, 7, stop=stop)
-        assert torch.equal(one(denoiser, scheduler, 6), alone)
-    one(denoiser, scheduler, 6, stop=3)
+        large(denoiser, scheduler, 4, stop=stop)
+        assert torch.equal(one(denoiser, scheduler, 5), alone)
+    one(denoiser, scheduler, 5, stop=3)
     handle.reset()
-    assert torch.equal(one(denoiser, scheduler, 6), alone)
+    assert torch.equal(one(denoiser, scheduler, 5), alone)
     # a single step is the exact one
     single = one(denoiser, scheduler, 1)
     handle.remove()
     assert torch.equal(single, one(denoiser, ddim(), 1))
-    assert torch.equal(one(denoiser, scheduler, 6), one(denoiser, ddim(), 6))
+    assert torch.equal(one(denoiser, scheduler, 5), one(denoiser, ddim(), 5))
     assert "step" not in vars(scheduler)
 
 
@@ -256,28 +256,27 @@ def test_replays_give_what_runs_give(name, settings):
 
 def test_from_its_own_trajectory_there_is_one_iteration():
     sample = Sample("sd15")
-    sample.more = {"num_inference_steps": 20}
+    sample.more = {"num_inference_steps": 10}
     expected, told = solved(sample, tolerance=1e-3)
     again, fast = solved(sample, tolerance=1e-2, initial_trajectory=told.trajectory)
     assert fast.iterations == [1] < told.iterations
     assert distance(again, expected) < 1e-2
 
 
-@pytest.mark.parametrize("method", ["triangular_anderson", "picard"])
-def test_from_anothers_trajectory(method):
-    sample = Sample("sd15")
-    sample.more = {"num_inference_steps": 12}
-    expected = sample(seed=5)
+def test_from_anothers_trajectory():
+    sample = pipeline_of("sd15")
+    expected = exact("sd15")
     _, other = solved(Other(sample, 6))
-    start = {"method": method, "initial_trajectory": other.trajectory, "tolerance": 0.0}
+    start = {"initial_trajectory": other.trajectory, "tolerance": 0.0}
     # all steps: exact for its own noise and texts
     assert distance(solved(sample, **start)[0], expected) < 1e-5
-    assert distance(solved(sample, variation_steps=12, **start)[0], expected) < 1e-5
-    found, told = solved(sample, variation_steps=5, **start)
-    assert told.iterations == [5]
-    # the noisier states stay the other's
-    assert torch.equal(told.trajectory[:, 5:11], other.trajectory[:, 5:11])
-    assert distance(found, expected) > 0.01
+    assert distance(solved(sample, variation_steps=6, **start)[0], expected) < 1e-5
+    for method in ("triangular_anderson", "picard"):
+        found, told = solved(sample, method=method, variation_steps=3, **start)
+        assert told.iterations == [3]
+        # the noisier states stay the other's
+        assert torch.equal(told.trajectory[:, 3:5], other.trajectory[:, 3:5])
+        assert distance(found, expected) > 0.01
 
 
 class Other:
