@@ -1,4 +1,4 @@
-"""What watches a run: scores, times, memory, traffic, files and tables; averages, state and export of training."""
+"""What watches a run: scores, times, memory, traffic, solvers, files, tables; averages, state, export of training."""
 
 from asyncdiff_pl.callbacks.averaging import WeightAverage
 from asyncdiff_pl.callbacks.clip_score import CLIPScore
@@ -9,6 +9,7 @@ from asyncdiff_pl.callbacks.frechet_distance import FrechetDistance
 from asyncdiff_pl.callbacks.progress import DiffusionProgressBar
 from asyncdiff_pl.callbacks.reference_metrics import ReferenceMetrics
 from asyncdiff_pl.callbacks.results import Results
+from asyncdiff_pl.callbacks.solver import SolverProgress
 from asyncdiff_pl.callbacks.step_latency import StepLatency
 from asyncdiff_pl.callbacks.traffic import Traffic
 from asyncdiff_pl.callbacks.training_progress import TrainingProgressBar
@@ -23,6 +24,7 @@ __all__ = [
     "FrechetDistance",
     "ReferenceMetrics",
     "Results",
+    "SolverProgress",
     "StepLatency",
     "Traffic",
     "TrainingProgressBar",

@@ -31,6 +31,7 @@ CALLBACKS = {
     "step_latency": callbacks.StepLatency,
     "device_stats": callbacks.DeviceStats,
     "traffic": callbacks.Traffic,
+    "solver": callbacks.SolverProgress,
     "frame_writer": callbacks.FrameWriter,
     "results": callbacks.Results,
     "progress_bar": callbacks.DiffusionProgressBar,

@@ -172,6 +172,8 @@ class DiffusionPredictor(LightningModule):
         """Parts that a subclass loads from elsewhere, by name."""
         self._pipeline: DiffusionPipeline | None = None
         self._trajectory: Trajectory | None = None
+        self.samples_in_work: list[Sample] = []
+        """Samples of the pipeline's call in work, or of the last one."""
         self.is_warm = False
         """False until a whole call has run: what comes before holds one-time work and is not timed."""
 
@@ -330,6 +332,7 @@ class DiffusionPredictor(LightningModule):
         seeds = [sample_seed(self.seed, s.id) if s.seed is None else s.seed for s in samples]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.trajectory.has_one_time_work = False
+        self.samples_in_work = samples
         started = self._now()
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), noise_from(self.pipeline.scheduler, generators):

@@ -2,6 +2,8 @@
 
 from asyncdiff_pl.parallel.api import Parallel, parallelize
 from asyncdiff_pl.parallel.layout import Groups, Layout
+from asyncdiff_pl.parallel.time.settings import TimeParallel
+from asyncdiff_pl.parallel.time.solved import Solved
 from asyncdiff_pl.parallel.warm_up import WarmUp
 
-__all__ = ["Groups", "Layout", "Parallel", "WarmUp", "parallelize"]
+__all__ = ["Groups", "Layout", "Parallel", "Solved", "TimeParallel", "WarmUp", "parallelize"]

@@ -28,15 +28,19 @@ from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.settings import BalanceMode, CompileMode, Settings, WarmUpMode
 from asyncdiff_pl.parallel.steps.pipeline import StepPipeline
 from asyncdiff_pl.parallel.steps.settings import StepSettings
+from asyncdiff_pl.parallel.time.pipeline import TimePipeline
+from asyncdiff_pl.parallel.time.settings import TimeParallel
+from asyncdiff_pl.parallel.time.solved import Solved
 from asyncdiff_pl.parallel.trajectory import Trajectory
 from asyncdiff_pl.parallel.warm_up import WarmUp, noise_levels
+from asyncdiff_pl.sampling import Callback
 
 
 class Parallel:
     """What `parallelize` installed on a denoiser.
 
     Args:
-        pipeline: The installed stages, patches or steps; None where one rank computes everything.
+        pipeline: The installed stages, patches, steps or solver; None where one rank computes everything.
         agreement: What keeps the ranks equal; None in one process.
         trajectory: Where the pipeline stands.
         host_side: What keeps the CPU ahead of the GPU; None where the trajectory's owner did that.
@@ -46,7 +50,7 @@ class Parallel:
 
     def __init__(
         self,
-        pipeline: StagePipeline | PatchPipeline | StepPipeline | None,
+        pipeline: StagePipeline | PatchPipeline | StepPipeline | TimePipeline | None,
         agreement: Agreement | None,
         trajectory: Trajectory,
         host_side: HostSide | None,
@@ -112,6 +116,20 @@ class Parallel:
         """Why steps are not captured though `capture` is set; empty if they are, or before the first denoiser call."""
         return self._pipeline.recordings.refusal if self._pipeline else ""
 
+    @property
+    def solved(self) -> Solved | None:
+        """What solving the steps of the last samples together came to; None where they are taken otherwise."""
+        return self._pipeline.solved if isinstance(self._pipeline, TimePipeline) else None
+
+    def watch_iterations(self, watcher: Callback | None) -> None:
+        """Has someone told of each iteration of a solver; nothing happens where there is none.
+
+        Args:
+            watcher: Is told, in place of the one before; None for nobody.
+        """
+        if isinstance(self._pipeline, TimePipeline):
+            self._pipeline.watcher = watcher
+
     def reset(self) -> None:
         """Forgets the sample in work, as after an interruption: the next denoiser call begins a new one."""
         self._trajectory.reset()
@@ -152,6 +170,7 @@ def parallelize(
     mode: PatchMode = "full_sync",
     portion: float = 1.0,
     steps: int = 1,
+    time: TimeParallel | None = None,
     cut: Sequence[Sequence[str]] | None = None,
     capture: bool | None = None,
     compile: CompileMode = "none",
@@ -166,7 +185,7 @@ def parallelize(
     trajectory: Trajectory | None = None,
     groups: Groups | None = None,
 ) -> Parallel:
-    """Runs a pipeline's denoiser in asynchronous stages, in patches, or several steps at a time, on several ranks.
+    """Runs a pipeline's denoiser on several ranks: in stages, in patches, several steps at a time, or solving all.
 
     Every rank of an initialised process group calls this once with the same arguments, then runs the pipeline as
     always, with the same inputs and seed. Ranks beyond one pipeline's form further groups, which may run other samples.
@@ -188,6 +207,8 @@ def parallelize(
             all rows of all patches.
         steps: Steps that are computed at a time after warm-up, each by a rank, from latents that the rank foresees; in
             place of stages and patches.
+        time: How all steps but the first are solved together, each iteration's evaluations on all ranks, in place of
+            stages, patches and steps; None takes one step after the other. Schedulers: DDIM, DDPM, Euler.
         cut: For each stage the names of its modules (a name covers all below it); None finds a cut.
         capture: Whether the denoiser's steps are recorded as CUDA graphs, a few for each rank, and replayed: the CPU
             then launches a step at once. Needs an NVIDIA GPU; None for where there is one. What changes in the network
@@ -221,11 +242,13 @@ def parallelize(
     Raises:
         ValueError: A setting is out of range, the ranks do not fit the layout, or the denoiser is in use already.
     """
-    layout = Layout(stages, stride, cfg, patches=patches, steps=steps)
+    layout = Layout(stages, stride, cfg, patches=patches, steps=steps, time=1 if time is None else time.ranks)
     patch_settings = None
-    if patches > 1 or steps > 1:
+    if time is not None:
+        _check_time(layout, warm_up)
+    if patches > 1 or steps > 1 or time is not None:
         check_without_stages(
-            "patches" if patches > 1 else "steps",
+            "patches" if patches > 1 else "steps" if steps > 1 else "steps that are solved together",
             warm_up=warm_up,
             refresh_every=refresh_every,
             time_shift=time_shift,
@@ -234,8 +257,8 @@ def parallelize(
             warm_up_mode=warm_up_mode,
             folded=folded,
         )
-        assert isinstance(warm_up, int)
     if patches > 1:
+        assert isinstance(warm_up, int)
         patch_settings = PatchSettings(layout, mode, warm_up, portion, capture, compile)
     elif (mode, portion) != ("full_sync", 1.0):
         raise ValueError(f"mode {mode} and portion {portion} are for patches, and patches is 1; give 2 or more.")
@@ -267,7 +290,7 @@ def parallelize(
     if trajectory is None:
         trajectory = Trajectory(denoiser, scheduler_in_use)
         host_side = HostSide(pipe, denoiser, trajectory)
-    pipeline: StagePipeline | PatchPipeline | StepPipeline | None = None
+    pipeline: StagePipeline | PatchPipeline | StepPipeline | TimePipeline | None = None
     agreement = None
     if patch_settings is not None:
         try:
@@ -277,6 +300,8 @@ def parallelize(
                 host_side.remove()
                 trajectory.remove()
             raise
+    elif time is not None:
+        pipeline = TimePipeline(denoiser, trajectory, time, capture, compile, exchange, coordinates[1])
     elif steps > 1:
         assert isinstance(warm_up, int)
         step_settings = StepSettings(layout, warm_up, capture, compile)
@@ -317,8 +342,18 @@ def check_settings(
         raise ValueError(f"The cut has {len(cut)} stages, but stages is {layout.stages}; make them equal.")
 
 
+def _check_time(layout: Layout, warm_up: int | WarmUp) -> None:
+    """Checks that nothing else is to be shared out where steps are solved together."""
+    # one rank that solves has a layout that tells nothing
+    Layout(layout.stages, layout.stride, layout.cfg, 1, layout.patches, layout.steps, time=max(2, layout.time))
+    if warm_up != inspect.signature(parallelize).parameters["warm_up"].default:
+        raise ValueError(
+            f"warm_up is {warm_up}, and steps that are solved together have none; leave warm_up at its default."
+        )
+
+
 def check_without_stages(asked_for: str, **settings: Any) -> None:
-    """Checks that patches, or steps, are not given what belongs to stages.
+    """Checks that patches, steps or solvers are not given what belongs to stages.
 
     Args:
         asked_for: What the ranks share out.

@@ -195,6 +195,20 @@ class Exchange:
                 half.append(part)
         return halves
 
+    def gather_all(self, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
+        """What each rank of the pipeline has, in order.
+
+        Args:
+            tensor: This rank's, of the same shape on all of them.
+            what: What it is, for reports.
+        """
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.groups.pipeline))]
+        work: Any = dist.all_gather(parts, tensor, group=self.groups.pipeline, async_op=True)
+        self._watched(work, f"rank {dist.get_rank()}: {what}").wait()
+        self.sent_bytes += tensor.nbytes * (len(parts) - 1)
+        return parts
+
     def spread(self, numbers: torch.Tensor) -> torch.Tensor:
         """The largest distance between the ranks of the pipeline, for each of some numbers."""
         high, low = numbers.clone(), numbers.clone()

@@ -87,7 +87,6 @@ def split_batch(
     Raises:
         ValueError: The batch cannot be halved, or an argument is not known.
     """
-    bound = inspect.signature(forward).bind(*args, **kwargs)
     batch = find_latents(forward, args, kwargs).shape[0]
     if batch % 2:
         raise ValueError(
@@ -102,12 +101,39 @@ def split_batch(
             raise ValueError(f"cfg 2 cannot halve a tensor of shape {tuple(tensor.shape)} along a batch of {batch}.")
         return tensor.chunk(2)[half]
 
-    def split(name: str, value: Any, per_sample: frozenset[str], shared: frozenset[str]) -> Any:
+    return change_batch(forward, args, kwargs, halve, "cfg 2", "take cfg 1")
+
+
+def change_batch(
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    change: Callable[[torch.Tensor], torch.Tensor],
+    asked_for: str,
+    remedy: str,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Changes each tensor that holds the guidance batch among a denoiser's arguments.
+
+    Args:
+        forward: The denoiser's own forward, whose signature names the arguments.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of that call.
+        change: Is given each of the tensors.
+        asked_for: What needs it, for reports.
+        remedy: What to do where an argument is not known.
+
+    Raises:
+        ValueError: An argument is not known.
+    """
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+
+    def changed(name: str, value: Any, per_sample: frozenset[str], shared: frozenset[str]) -> Any:
         if name in per_sample:
-            return tree_map_only(torch.Tensor, halve, value)
+            return tree_map_only(torch.Tensor, change, value)
         if name not in shared and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             raise ValueError(
-                f"cfg 2 does not know whether the denoiser's argument {name!r} holds the guidance batch: take cfg 1."
+                f"{asked_for} does not know whether the denoiser's argument {name!r} holds the guidance batch: "
+                f"{remedy}."
             )
         return value
 
@@ -115,13 +141,13 @@ def split_batch(
         if name == "timestep":
             # one timestep for all, or one a sample
             is_one = not isinstance(value, torch.Tensor) or value.numel() == 1
-            bound.arguments[name] = value if is_one else halve(value)
+            bound.arguments[name] = value if is_one else change(value)
         elif name in ATTENTION and value is not None:
             bound.arguments[name] = {
-                key: split(key, each, ATTENTION_PER_SAMPLE, ATTENTION_SHARED) for key, each in value.items()
+                key: changed(key, each, ATTENTION_PER_SAMPLE, ATTENTION_SHARED) for key, each in value.items()
             }
         else:
-            bound.arguments[name] = split(name, value, PER_SAMPLE, SHARED)
+            bound.arguments[name] = changed(name, value, PER_SAMPLE, SHARED)
     return bound.args, bound.kwargs
 
 

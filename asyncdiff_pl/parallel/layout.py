@@ -1,4 +1,4 @@
-"""The axes of the world: data x guidance x (stages, patches or steps)."""
+"""The axes of the world: data x guidance x (stages, patches, steps or time)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Layout:
         data: Groups that work on different samples.
         patches: Patches that the rows of the latents are split into, from 1 up; more than 1 only with 1 stage.
         steps: Steps that are computed at a time, from 1 up; more than 1 only with 1 stage and 1 patch.
+        time: Ranks that share out the evaluations of steps that are solved together; more than 1 only alone.
 
     Raises:
         ValueError: A number is out of range.
@@ -35,6 +36,7 @@ class Layout:
     data: int = 1
     patches: int = 1
     steps: int = 1
+    time: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.stages <= MAX_STAGES:
@@ -60,11 +62,20 @@ class Layout:
                 f"Ranks share out steps, or {other} of each step, and steps is {self.steps} and {other} "
                 f"{getattr(self, other)}; set one of them to 1."
             )
+        if self.time < 1:
+            raise ValueError(f"time is {self.time} ranks; give 1 or more.")
+        others = ("stages", "patches", "steps", "cfg")
+        other = next((name for name in others if getattr(self, name) > 1), None)
+        if self.time > 1 and other is not None:
+            raise ValueError(
+                f"Ranks that solve all steps together share out whole evaluations of each half of the guidance batch, "
+                f"and {other} is {getattr(self, other)}; set it to 1."
+            )
 
     @property
     def ranks_per_half(self) -> int:
         """Ranks that share one half of the guidance batch, or all of it."""
-        return max(self.patches, self.steps, self.stages + self.stride - 1)
+        return max(self.patches, self.steps, self.time, self.stages + self.stride - 1)
 
     @property
     def pipeline_ranks(self) -> int:
@@ -87,7 +98,7 @@ class Layout:
             ValueError: The ranks do not fit the layout.
         """
         parts, names = f"(stages {self.stages} + stride {self.stride} - 1)", "stages, stride"
-        for name in ("patches", "steps"):
+        for name in ("patches", "steps", "time"):
             if getattr(self, name) > 1:
                 parts, names = f"{name} {getattr(self, name)}", name
         needs = f"cfg {self.cfg} x {parts} = {self.pipeline_ranks} ranks"
@@ -115,8 +126,8 @@ class Groups:
 
     Args:
         pipeline: Ranks that work on the same sample.
-        half: Ranks among them that work on the same half of the guidance batch: the stages, the patches, or the
-            steps of a round.
+        half: Ranks among them that work on the same half of the guidance batch: the stages, the patches, the
+            steps of a round, or all that solve steps together.
         guidance: Ranks that do the same for the other half.
     """
 

@@ -90,6 +90,8 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
         example = module.example_call(height, width)
         if example is None:
             lines["time"] = "not known before a run: the architecture of this checkpoint is not known without it"
+        elif hasattr(strategy, "max_iterations"):
+            lines["time"] = "not known before a run: it is the samples that tell how many iterations they take"
         else:
             cost = _cost(strategy, *example)
             if cost.cut:

@@ -71,6 +71,21 @@ class StepCoefficients:
         """Whether the steps add noise."""
         return bool(self.noise_deviations.any())
 
+    @property
+    def latent_scales(self) -> Tensor:
+        """What each state is multiplied with to be a pipeline's latents at that point, [N + 1]."""
+        levels = torch.cat([self.next_levels, self.levels[-1:]])
+        return torch.ones_like(levels) if self.initial_scale == 1.0 else levels.rsqrt()
+
+    def last(self, number: int) -> StepCoefficients:
+        """The last steps in time alone, whose noise is the state that they begin with.
+
+        Args:
+            number: How many, from 1 up.
+        """
+        tensors = {name: value[:number] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, initial_scale=1 / float(self.latent_scales[number]))
+
     def to(self, device: torch.device) -> StepCoefficients:
         """The same on a device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -114,6 +129,22 @@ def along(numbers: Tensor, states: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * (states.ndim - 1))
 
 
+def check_kind(kind: type[Any]) -> None:
+    """Tells that schedulers of a class cannot be read.
+
+    Args:
+        kind: The class.
+
+    Raises:
+        ValueError: Their steps are not of this form.
+    """
+    if not issubclass(kind, (*_DDIM, *_DDPM, EulerDiscreteScheduler)):
+        raise ValueError(
+            f"{kind.__name__} cannot be solved in parallel in time, since its steps are not known as linear in the "
+            "state and the noise estimate; take ddim, ddpm or euler_discrete."
+        )
+
+
 def read_coefficients(scheduler: Any, eta: float | None = None) -> StepCoefficients:
     """Reads the steps of a scheduler whose `set_timesteps` was called.
 
@@ -129,11 +160,7 @@ def read_coefficients(scheduler: Any, eta: float | None = None) -> StepCoefficie
         ValueError: The scheduler's steps are not of this form, or η is out of range.
     """
     name = type(scheduler).__name__
-    if not isinstance(scheduler, (*_DDIM, *_DDPM, EulerDiscreteScheduler)):
-        raise ValueError(
-            f"{name} cannot be solved in parallel in time, since its steps are not known as linear in the state and "
-            "the noise estimate; take ddim, ddpm or euler_discrete."
-        )
+    check_kind(type(scheduler))
     eta = float(isinstance(scheduler, _DDPM)) if eta is None else eta
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; give one from 0 (no noise) to 1 (the noise of DDPM).")

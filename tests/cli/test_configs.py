@@ -18,6 +18,7 @@ ISSUE = {
     *("sdxl_patch4", "sdxl_pcpp4", "svd_patch4", "animatediff_patch2", "sd15_patch2", "demo_patch", "sdxl_coco"),
     *("dit_n2", "flux_n2", "demo_image", "demo", "svd_n2", "svd_n3", "svd_n4", "svd_cfg2_n2", "svd_n3s2", "svd_eval"),
     *("svd_steps2", "svd_cfg2_steps2", "sdxl_cfg2_steps2", "demo_steps"),
+    *("dit_parataa8", "sd15_parataa4", "sd15_paradigms4", "demo_parataa", "demo_from_trajectory"),
 }
 
 
@@ -37,7 +38,7 @@ def test_a_config_says_what_it_is_and_has_the_devices_of_its_layout(name):
     config = read(name)
     strategy = config["trainer"]["strategy"]["init_args"]
     axes = {axis: strategy.get(axis, 1) for axis in ("stages", "stride", "cfg", "patches", "steps")}
-    layout = Layout(**axes)
+    layout = Layout(**axes, time=strategy.get("ranks", 1))
     assert layout.ranks_per_half > 1 or name == "svd_sequential"
     assert config["trainer"]["devices"] == layout.pipeline_ranks
     assert config["trainer"]["logger"]["init_args"]["name"] == name
@@ -61,6 +62,8 @@ def check(command, monkeypatch, tmp_path):
             arguments += ["--frechet_distance.real", str(DEMO_FOLDER / "images")]
         elif kind == "PromptFile" and data["init_args"]["path"] != "demo":
             arguments += ["--data.path", str(prompts(name))]
+        if "initial_trajectory" in read(name)["trainer"]["strategy"]["init_args"]:
+            arguments += ["--trainer.strategy.init_args.initial_trajectory", str(tmp_path)]
         with pytest.raises(SystemExit) as end:
             command_module.run(["predict", *arguments, "--model.weights", "random", "--dry-run"])
         assert end.value.code == 0

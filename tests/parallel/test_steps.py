@@ -17,6 +17,7 @@ from tiny_pipelines import Sample
 from asyncdiff_pl.parallel import WarmUp, compiling, parallelize
 from asyncdiff_pl.parallel.steps.place import Place
 from asyncdiff_pl.parallel.steps.settings import Round, round_of
+from asyncdiff_pl.parallel.steps.twin import with_cloned_generators
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -213,6 +214,16 @@ def test_a_pipeline_that_drops_half_of_what_it_stepped():
     handle = parallelize(sample.pipe, steps=2, warm_up=2, simulate=True)
     assert 0 < distance(sample(), expected) < 0.1
     handle.remove()
+
+
+def test_a_generator_that_is_given_twice_is_one():
+    """As for DiT's, whose halves draw from the generator of their picture."""
+    generator = torch.Generator().manual_seed(0)
+    first, second, other = with_cloned_generators([generator, generator, torch.Generator()])
+    assert first is second
+    assert first is not other
+    drawn = [torch.rand((), generator=each) for each in (first, second)]
+    assert [torch.rand((), generator=generator) for _ in drawn] == drawn
 
 
 def test_guidance_that_ends_begins_a_warm_up():

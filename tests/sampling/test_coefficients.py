@@ -183,3 +183,15 @@ def test_noises_of_another_shape_are_refused():
     for noises, given in ((None, "none are given"), (torch.randn(2, 3, *SHAPE), r"\(2, 3, 4, 6, 5\)")):
         with pytest.raises(ValueError, match=rf"need noises \(2, 12, 4, 6, 5\), but.*{given}"):
             sequential(denoise, latents, read_coefficients(scheduler, 1.0), noises=noises)
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
+def test_the_last_steps_alone_begin_where_the_others_end(kind):
+    scheduler = exact(kind())
+    scheduler.set_timesteps(NUMBER)
+    coefficients = read_coefficients(scheduler)
+    whole = sequential(denoise, draw(generators(), torch.float64) * scheduler.init_noise_sigma, coefficients)
+    middle = whole.trajectory[:, 5] * coefficients.latent_scales[5]
+    found = sequential(denoise, middle, coefficients.last(5))
+    assert distance(found.latents, whole.latents) < 1e-12
+    assert distance(whole.trajectory[:, 0] * coefficients.latent_scales[0], whole.latents) < 1e-12

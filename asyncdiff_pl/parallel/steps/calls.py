@@ -114,6 +114,11 @@ class Calls:
         self.recordings.look_again()
         self._cross_attentions.begin_sample()
 
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether calls are recorded or compiled, for each shape of the arguments anew."""
+        return self.recordings.are_made or self._compiled is not None
+
     # -- arguments ----------------------------------------------------------------------------------------------
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +129,13 @@ class Calls:
         """The arguments with another first one, in the form that all arguments of one kind have."""
         bound = self._signature.bind(*args, **kwargs)
         bound.arguments[next(iter(bound.arguments))] = latents
+        return bound.args, bound.kwargs
+
+    def with_timesteps(self, args: tuple[Any, ...], kwargs: dict[str, Any], timesteps: torch.Tensor) -> Inputs:
+        """The arguments with a timestep for each input, in the number format of the pipeline's own."""
+        bound = self._signature.bind(*args, **kwargs)
+        given = bound.arguments["timestep"]
+        bound.arguments["timestep"] = timesteps.to(given.dtype) if isinstance(given, torch.Tensor) else timesteps
         return bound.args, bound.kwargs
 
     def in_one_form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:

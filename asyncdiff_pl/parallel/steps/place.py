@@ -71,7 +71,7 @@ class Place:
             scaled: The latents.
         """
         expected = self._repeated(scaled, given).float()
-        distance = (self._part(given).float() - expected).norm()
+        distance = (self.part(given).float() - expected).norm()
         # what is not a number differs from everything
         return ~(distance <= TOLERANCE * torch.finfo(given.dtype).eps * expected.norm())
 
@@ -83,10 +83,11 @@ class Place:
             scaled: The latents.
         """
         found = given.clone()
-        self._part(found).copy_(self._repeated(scaled, given))
+        self.part(found).copy_(self._repeated(scaled, given))
         return found
 
-    def _part(self, given: torch.Tensor) -> torch.Tensor:
+    def part(self, given: torch.Tensor) -> torch.Tensor:
+        """What of an input is latents, in its memory."""
         return given if self.dim is None else given.narrow(self.dim, self.start, self.size)
 
     def _repeated(self, scaled: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Twin:
             What the latents would be at the last of the timesteps, scaled.
         """
         named = last.arguments_of(self._scheduler)
-        named = tree_map_only(torch.Generator, _cloned, named)
+        named = with_cloned_generators(named)
         devices = [latents.device] if latents.device.type == "cuda" else []
         scaled = self.scaled(latents, timesteps[0])
         # where there is no generator the noise is of the process's own, and stays to be drawn
@@ -130,7 +130,14 @@ def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
 
 
-def _cloned(generator: torch.Generator) -> torch.Generator:
-    clone = torch.Generator(generator.device)
-    clone.set_state(generator.get_state())
-    return clone
+def with_cloned_generators(tree: Any) -> Any:
+    """The same, with copies of its generators: one that is there twice is one copy."""
+    clones: dict[int, torch.Generator] = {}
+
+    def cloned(generator: torch.Generator) -> torch.Generator:
+        if id(generator) not in clones:
+            clones[id(generator)] = torch.Generator(generator.device)
+            clones[id(generator)].set_state(generator.get_state())
+        return clones[id(generator)]
+
+    return tree_map_only(torch.Generator, cloned, tree)
