@@ -49,7 +49,7 @@ SETTINGS = {
 OTHERS = {
     "model": [models.PipelinePredictor],
     "data": [data.PromptFile, data.ClassLabels],
-    "trainer.strategy": [strategies.PatchStrategy, strategies.StepParallelStrategy],
+    "trainer.strategy": [strategies.PatchStrategy, strategies.StepParallelStrategy, strategies.TimeParallelStrategy],
 }
 """Classes that may stand there in their place: `predict --help` explains what settings they have beyond the first's."""
 

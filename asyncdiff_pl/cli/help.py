@@ -57,8 +57,8 @@ and times to a log folder. Every setting below can stand in the config, and on t
         "--model.help CLASS",
         "data": "another class: --data PromptFile, ClassLabels (below) or my_module.MyData; all its settings: "
         "--data.help CLASS",
-        "trainer.strategy": "another class: --trainer.strategy PatchStrategy, StepParallelStrategy (below) or "
-        "my_module.MyStrategy; on all devices one sample each: --trainer.strategy ddp",
+        "trainer.strategy": "another class: --trainer.strategy PatchStrategy, StepParallelStrategy, "
+        "TimeParallelStrategy (below) or my_module.MyStrategy; on all devices one sample each: --trainer.strategy ddp",
     },
     configs="",
 )

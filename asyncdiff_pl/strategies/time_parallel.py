@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 from asyncdiff_pl.models.schedulers import find_scheduler
-from asyncdiff_pl.parallel import Layout, Parallel, TimeParallel, parallelize
+from asyncdiff_pl.parallel import Layout, Parallel, TimeParallel
 from asyncdiff_pl.parallel.stages.settings import CompileMode
 from asyncdiff_pl.parallel.time.saved import find_trajectory, read_trajectory
 from asyncdiff_pl.parallel.time.settings import SolverName
@@ -121,17 +121,11 @@ class TimeParallelStrategy(GroupStrategy):
         ranks = (self.ranks or 1) if self.simulate else self.ranks_per_group
         if self._layout is None and not self.simulate:
             self.build_groups(Layout(time=ranks))
-        return parallelize(
-            module.pipeline,
+        return self.parallelized(
+            module,
             time=self._settings(ranks, module),
             capture=self.capture,
             compile=self.compile,
-            share_decoding=True,
-            share_encoding=self.share_encoding,
-            simulate=self.simulate,
-            timeout=self.timeout,
-            trajectory=module.trajectory,
-            groups=self.groups,
         )
 
     def _settings(self, ranks: int, module: pl.LightningModule | None) -> TimeParallel:

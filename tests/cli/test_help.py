@@ -69,6 +69,7 @@ SURFACE = {
     "traffic": {},
     "frame_writer": {"png": True, "animation": "gif", "fps": None, "max_tensorboard": 16},
     "results": {},
+    "solver": {"sheets": 0},
     "progress_bar": {"refresh_seconds": 0.1},
 }
 
