@@ -67,9 +67,9 @@ SURFACE = {
     "step_latency": {},
     "device_stats": {"interval": 0.5},
     "traffic": {},
+    "solver": {"sheets": 0},
     "frame_writer": {"png": True, "animation": "gif", "fps": None, "max_tensorboard": 16},
     "results": {},
-    "solver": {"sheets": 0},
     "progress_bar": {"refresh_seconds": 0.1},
 }
 
