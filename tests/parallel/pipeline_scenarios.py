@@ -1,7 +1,7 @@
 """Scenarios of test_ranks.py with whole pipelines: every kind, and what users do to them."""
 
 import torch
-from tiny_pipelines import CASES, KINDS, Sample
+from tiny_pipelines import CASES, Sample
 
 from asyncdiff_pl.parallel import parallelize
 
@@ -22,11 +22,10 @@ IN_TWO = ["sd21", "img2img", "upscale", "controlnets", "sdxl_inpaint", "sd3", "f
 IN_TWO += ["dit_of_three", "sdxl_guidance_ends", "sdxl_ip_adapter", "flux_ip_adapter"]
 # none of them where peft is not installed
 IN_TWO += [name for name in CASES if name.endswith("_lora")]
-WITH_STRIDE = [name for name in KINDS if name not in ("sd15", "img2img", "controlnet", "sdxl_controlnet")]
-WITH_STRIDE += ["sd15_pndm", "sd15_heun", "img2img_pndm", "img2img_heun", "flux_true_cfg_of_three"]
-IN_HALVES = ["upscale", "sdxl_inpaint", "sdxl_controlnet", "sd3_skips_layers", "dit", "animatediff"]
-IN_HALVES += ["controlnet_guesses", "sd15_guidance_ends", "sd3_guidance_ends", "sd15_ip_adapter"]
-IN_FOUR = ["sd21", "sd3", "flux_true_cfg", "dit", "animatediff"]
+WITH_STRIDE = ["sdxl", "sd3", "dit", "sd15_pndm", "img2img_heun", "flux_true_cfg_of_three"]
+IN_HALVES = ["sdxl_inpaint", "sdxl_controlnet", "sd3_skips_layers", "dit", "animatediff"]
+IN_HALVES += ["controlnet_guesses", "sd15_guidance_ends", "sd15_ip_adapter"]
+IN_FOUR = ["sd3", "flux_true_cfg", "animatediff"]
 
 
 def pipelines(simulate):

@@ -155,7 +155,8 @@ def in_relay(simulate, **settings):
 
 
 def relay(simulate):
-    return [latents for name in NAMES for latents in sample(name, simulate, steps=4, **in_relay(simulate, stages=2))]
+    kinds = ("sdxl", "animatediff")
+    return [latents for name in kinds for latents in sample(name, simulate, steps=4, **in_relay(simulate, stages=2))]
 
 
 def relay_of_other_inputs(simulate):
@@ -201,7 +202,7 @@ def relay_with_an_extra_rank(simulate):
 
 def relay_over_four(simulate):
     settings = in_relay(simulate, stages=4, warm_up=WarmUp(until_noise=0.97))
-    return [latents for name in ("sd15", "animatediff") for latents in sample(name, simulate, **settings)]
+    return sample("animatediff", simulate, **settings)
 
 
 def relay_of_halves(simulate):
@@ -251,7 +252,7 @@ def recorded_with_an_extra_rank(simulate):
 
 
 def recorded_in_four(simulate):
-    found = recorded(three_samples, simulate, "sdxl", stages=2, cfg=2, refresh_every=3)
+    found = recorded(three_samples, simulate, "sd15", stages=2, cfg=2, refresh_every=3)
     return found + recorded(three_samples, simulate, "sd21", stages=4, warm_up=1)
 
 
