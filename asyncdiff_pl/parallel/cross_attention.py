@@ -161,7 +161,7 @@ class CrossAttentions:
         if kind not in self._seeing:
             return
         # scales of adapters among these arguments hold within the denoiser's call alone
-        is_plain = len(inputs) == 1 and not inputs[0][1].get("cross_attention_kwargs")
+        is_plain = len(inputs) == 1 and not self._argument("cross_attention_kwargs", inputs[0])
         context = self._context_of(inputs[0]) if is_plain else None
         if context is None:
             for _, processor in self._layers.values():
@@ -209,12 +209,16 @@ class CrossAttentions:
             processor.key, processor.value = kept[name]
 
     def _context_of(self, inputs: Inputs) -> torch.Tensor | None:
-        if CONTEXT not in self._argument_names:
-            return None
-        args, kwargs = inputs
-        position = self._argument_names.index(CONTEXT)
-        found = args[position] if position < len(args) else kwargs.get(CONTEXT)
+        found = self._argument(CONTEXT, inputs)
         return found if isinstance(found, torch.Tensor) else None
+
+    def _argument(self, name: str, inputs: Inputs) -> Any:
+        """An argument of a call, given by its place or by name; halves of a guidance batch are given by place."""
+        args, kwargs = inputs
+        if name not in self._argument_names:
+            return None
+        position = self._argument_names.index(name)
+        return args[position] if position < len(args) else kwargs.get(name)
 
 
 def _plain_layers(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:

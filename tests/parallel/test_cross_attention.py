@@ -9,6 +9,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from fake_graph import FakeRecorder, captured
 
 from asyncdiff_pl.parallel import compiling, parallelize
+from asyncdiff_pl.parallel.cross_attention import CrossAttentions
+from asyncdiff_pl.parallel.guidance import split_batch
 
 STEPS = 4
 CAPTURED = {"capture": True}
@@ -105,6 +107,19 @@ def test_halves_that_one_process_plays_have_keys_of_their_own(monkeypatch):
         expected = sampler(denoiser, scheduler, STEPS)
     with installed(monkeypatch, denoiser, scheduler, cfg=2, **CAPTURED):
         assert torch.equal(sampler(denoiser, scheduler, STEPS), expected)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_scales_of_adapters_hold_within_a_call(scale):
+    """Keys that are made outside of it would be without them; ranks of half a batch give all arguments by place."""
+    denoiser, sampler = build("sd15"), Sampler("sd15")
+    given = sampler.kwargs | {"cross_attention_kwargs": None if scale is None else {"scale": scale}}
+    call = (sampler.call(sampler.latents), torch.tensor(5)), given
+    attentions = CrossAttentions(denoiser, denoiser.forward, is_compiled=True, capture=False)
+    for kind, inputs in (("whole", call), ("half", split_batch(denoiser.forward, *call, 1))):
+        attentions.look(kind, inputs, is_recorded=False)
+        attentions.follow(kind, [inputs])
+        assert all((layer.processor.key is None) == (scale is not None) for layer in cross_attentions(denoiser))
 
 
 def test_a_single_token_is_seen_without_queries(monkeypatch):
