@@ -86,6 +86,8 @@ class Calls:
         self.forward = with_signature(denoiser.forward)
         """The denoiser's own, whose signature names the arguments."""
         self.recordings = Recordings(denoiser, self.forward, exchange, settings.capture)
+        self.streams: dict[int, Stream] = {}
+        """What there is for each kind of call, by a number that its owner gives."""
         self._signature = inspect.signature(denoiser.forward)
         self._halves = Halves(self.forward, settings.layout.cfg)
         self._met: set[Any] = set()
@@ -103,11 +105,22 @@ class Calls:
         install(self._denoiser, run)
 
     def remove(self) -> None:
-        """Gives the denoiser back as it was."""
+        """Gives the denoiser back as it was, and drops all recordings."""
+        for stream in self.streams.values():
+            if stream.phases is not None:
+                stream.phases.drop()
+        self.streams.clear()
         uninstall(self._denoiser)
         self._cross_attentions.remove()
         if self._compiled is not None:
             self._compiled.remove()
+
+    def begin_streams(self) -> None:
+        """Has all streams forget what belongs to a sample."""
+        for stream in self.streams.values():
+            stream.begin()
+            if stream.phases is not None:
+                stream.phases.begin_sample()
 
     def begin_sample(self) -> None:
         """Has the network looked at again: it may be another one."""

@@ -72,7 +72,6 @@ class StepPipeline(TrajectoryListener):
         half, rank = coordinates
         self._ranks_here = [rank] if exchange else list(range(settings.layout.steps))
         self._calls = Calls(denoiser, trajectory, settings, exchange, half)
-        self._streams: dict[int, Stream] = {}
         self._begin_sample()
         self._around_before = trajectory.around_step
         # bound once, so that it can be told from what others put in its place
@@ -98,10 +97,6 @@ class StepPipeline(TrajectoryListener):
 
     def remove(self) -> None:
         """Gives the denoiser back as it was."""
-        for stream in self._streams.values():
-            if stream.phases is not None:
-                stream.phases.drop()
-        self._streams.clear()
         self._begin_sample()
         self.trajectory.unsubscribe(self)
         if self.trajectory.around_step is self._around:
@@ -141,10 +136,7 @@ class StepPipeline(TrajectoryListener):
         """For each rank that this process plays, the scheduler's step with its last own estimate."""
         self._doubt: Answer | None = None
         """Whether the latents were changed before the last round that was looked at."""
-        for stream in self._streams.values():
-            stream.begin()
-            if stream.phases is not None:
-                stream.phases.begin_sample()
+        self._calls.begin_streams()
 
     def _round(self, position: int) -> Round | None:
         """The round that a step of the sample belongs to; None for an exact one."""
@@ -176,7 +168,7 @@ class StepPipeline(TrajectoryListener):
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stream:
         """What there is for the call in work."""
         trajectory = self.trajectory
-        stream = self._streams.setdefault(trajectory.call, Stream())
+        stream = self._calls.streams.setdefault(trajectory.call, Stream())
         signature = self._calls.signature_of(args, kwargs)
         if stream.signature == signature:
             return stream
@@ -194,7 +186,7 @@ class StepPipeline(TrajectoryListener):
             )
             if trajectory.call == 0:
                 self._begins = trajectory.position
-                for each in self._streams.values():
+                for each in self._calls.streams.values():
                     each.begin()
         stream.begin()
         self._calls.fit_out(stream, signature, args, kwargs)

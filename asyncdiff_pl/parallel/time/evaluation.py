@@ -29,7 +29,6 @@ class Evaluation:
 
     Args:
         calls: Runs the denoiser.
-        streams: What there is for batches of each size; it outlives this object.
         combination: What the pipeline makes of estimates.
         call: The denoiser's forward.
         given: Its arguments in the step that was exact.
@@ -44,7 +43,6 @@ class Evaluation:
     def __init__(
         self,
         calls: Calls,
-        streams: dict[int, Stream],
         combination: Combination,
         call: Call,
         given: Inputs,
@@ -60,7 +58,6 @@ class Evaluation:
         self.estimates = estimate.repeat(number, *[1] * estimate.ndim)
         """What the denoiser gave last at each step, for the whole guidance batch: [N, ...]."""
         self._calls = calls
-        self._streams = streams
         self._combination = combination
         self._call = call
         self._args, self._kwargs = given
@@ -115,7 +112,7 @@ class Evaluation:
         chosen = torch.tensor([of_state, rows])
         chosen = upload(torch.cat([chosen, chosen[:, -1:].expand(2, padded - size)], 1), states.device)
         args, kwargs = self._arguments(states[chosen[0]], timesteps[chosen[0]], chosen[1])
-        stream = self._streams.setdefault(key, Stream())
+        stream = self._calls.streams.setdefault(key, Stream())
         signature = self._calls.signature_of(args, kwargs) if key else self._signature
         if stream.signature != signature:
             self._calls.fit_out(stream, signature, args, kwargs)

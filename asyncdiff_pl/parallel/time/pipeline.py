@@ -85,7 +85,6 @@ class TimePipeline(TrajectoryListener):
         self._rank = rank
         # messages travel outside of recordings, and ranks record each for itself: their shares differ in size
         self._calls = Calls(denoiser, trajectory, StepSettings(Layout(), 1, capture, compile), None, 0)
-        self._streams: dict[int, Stream] = {}
         self._begin_sample()
         self._around_before = trajectory.around_step
         # bound once, so that it can be told from what others put in its place
@@ -111,10 +110,6 @@ class TimePipeline(TrajectoryListener):
 
     def remove(self) -> None:
         """Gives the denoiser back as it was."""
-        for stream in self._streams.values():
-            if stream.phases is not None:
-                stream.phases.drop()
-        self._streams.clear()
         self._begin_sample()
         self.trajectory.unsubscribe(self)
         if self.trajectory.around_step is self._around:
@@ -198,10 +193,7 @@ class TimePipeline(TrajectoryListener):
         self._evaluation: Evaluation | None = None
         self._doubts: dict[str, list[Tensor]] = {"guidance": [], "inputs": []}
         """Whether the pipeline did something else than in the exact step, to be read at the sample's end."""
-        for stream in self._streams.values():
-            stream.begin()
-            if stream.phases is not None:
-                stream.phases.begin_sample()
+        self._calls.begin_streams()
 
     # -- calls of the denoiser ----------------------------------------------------------------------------------
 
@@ -226,7 +218,7 @@ class TimePipeline(TrajectoryListener):
                 f"The pipeline takes more steps than the {trajectory.num_steps} that its scheduler announced: "
                 f"{_REMEDY}."
             )
-        spec = next(iter(self._streams.values())).result
+        spec = next(iter(self._calls.streams.values())).result
         assert spec is not None
         return tree_unflatten([estimate], spec)
 
@@ -242,7 +234,7 @@ class TimePipeline(TrajectoryListener):
         self.exact_steps = 1
         self._signature = self._calls.signature_of(args, kwargs)
         key = len(find_latents(self._calls.forward, args, kwargs)) if self._calls.keeps_shapes else 0
-        stream = self._streams.setdefault(key, Stream())
+        stream = self._calls.streams.setdefault(key, Stream())
         if stream.signature != self._signature:
             self._calls.fit_out(stream, self._signature, args, kwargs)
         self._given = args, kwargs
@@ -331,7 +323,6 @@ class TimePipeline(TrajectoryListener):
         latents = self._latents[:samples].clone()
         self._evaluation = evaluation = Evaluation(
             self._calls,
-            self._streams,
             combination,
             call,
             self._given,
