@@ -11,8 +11,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from asyncdiff_pl.training.continuous_noise import spread_uniform
-
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 """What a network predicts: the noise, v = √ᾱ n − √(1 − ᾱ) x, or the clean data; diffusers' names."""
 
@@ -60,18 +58,3 @@ class DiscreteNoise:
     def _scales(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod[timesteps].view(-1, *[1] * (like.ndim - 1))
         return alphas.sqrt(), (1 - alphas).sqrt()
-
-
-class UniformTimesteps:
-    """Draws timesteps evenly.
-
-    Args:
-        number: Number of timesteps T.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def draw(self, number: int, device: torch.device) -> Tensor:
-        """Timesteps [number] from 0 to T − 1, int64; a batch covers them evenly, which makes the loss less noisy."""
-        return (spread_uniform(number, device) * self.number).long().clamp(max=self.number - 1)

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from asyncdiff_pl.models.training.components import read_scheduler
 from asyncdiff_pl.training.continuous_noise import LogNormalSigmas, v_preconditioning, v_target
-from asyncdiff_pl.training.discrete_noise import DiscreteNoise, UniformTimesteps
+from asyncdiff_pl.training.discrete_noise import DiscreteNoise
 
 
 def test_continuous_noise_is_that_of_the_video_scheduler():
@@ -58,8 +58,3 @@ def test_discrete_noise_is_that_of_ddim(kind):
 def test_an_unknown_prediction_type():
     with pytest.raises(ValueError, match="prediction_type is flow; training knows epsilon"):
         DiscreteNoise(torch.ones(3), "flow")
-
-
-def test_timesteps_cover_all_evenly():
-    drawn = UniformTimesteps(10).draw(100, torch.device("cpu"))
-    assert drawn.bincount().tolist() == [10] * 10

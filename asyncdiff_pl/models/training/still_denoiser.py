@@ -14,7 +14,8 @@ from asyncdiff_pl.models.embedded import find_component
 from asyncdiff_pl.models.training.autoencoder import encode
 from asyncdiff_pl.models.training.base import Batch, NetworkTraining, drawn_from
 from asyncdiff_pl.models.training.components import frozen_network, read_scheduler
-from asyncdiff_pl.training.discrete_noise import DiscreteNoise, UniformTimesteps
+from asyncdiff_pl.training.discrete_noise import DiscreteNoise
+from asyncdiff_pl.training.timesteps import UniformTimesteps
 
 VALIDATION_TIMES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Where the loss is measured, as shares of all timesteps."""
@@ -49,7 +50,8 @@ class StillDenoiserTraining(NetworkTraining):
         self.autoencoder_folder = find_component(autoencoder)
         self.scheduler = read_scheduler(scheduler)
         self.noise = DiscreteNoise(self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type)
-        self.timesteps = UniformTimesteps(len(self.noise))
+        self.timesteps = UniformTimesteps(spread=True)
+        self.timesteps.build(self.scheduler.alphas_cumprod)
         self.drop_condition = drop_condition
         self.sample_steps = sample_steps
         self.num_samples = num_samples
@@ -91,7 +93,8 @@ class StillDenoiserTraining(NetworkTraining):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         number, device = len(batch["frames"]), batch["frames"].device
         dropped = torch.rand(number, device=device) < self.drop_condition
-        return {"loss": self._losses(batch, self.timesteps.draw(number, device), dropped).mean()}
+        timesteps, _ = self.timesteps.draw(batch["frames"])
+        return {"loss": self._losses(batch, timesteps, dropped).mean()}
 
     @override
     def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
