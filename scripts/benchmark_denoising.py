@@ -7,9 +7,10 @@ as soon as it is measured, and draws a plot. Example, on a machine with 4 GPUs:
     torchrun --nproc_per_node 4 scripts/benchmark_denoising.py --models svd sdxl sd21 animatediff \
         --layouts 1 2x1 2x2 4 --compile none blocks --balance measured --csv rows.csv --plot rows.png
 
-A layout is STAGES, STAGESs2 for stride 2, pPATCHES or, for tensor parallelism, which is here to be compared with,
-tRANKS; and 2x before it for a guidance batch that is split. One that needs fewer ranks than there are runs several
-times side by side; rank 0 tells of its own. `--tiny` takes tiny models, which a CPU can run.
+A layout is STAGES, STAGESs2 for stride 2, pPATCHES, stepsSTEPS for several steps at a time or, for tensor parallelism,
+which is here to be compared with, tRANKS; and 2x before it for a guidance batch that is split. One that needs fewer
+ranks than there are runs several times side by side; rank 0 tells of its own. On two GPUs `--layouts steps2
+--half-batch` measures one half of 2xsteps2. `--tiny` takes tiny models, which a CPU can run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from denoising_models import FULL, TINY, Denoising
 from denoising_ranks import Clock, RankFailed, World
 from denoising_report import Row, Table, plot, read_rows
 from denoising_tensor_parallel import TensorParallel, tensor_mesh
-from denoising_times import Marks, Run, figures, relative_deviation
+from denoising_times import Marks, Run, figures, figures_of_rounds, relative_deviation
 from torch.distributed.device_mesh import DeviceMesh
 
 from asyncdiff_pl.callbacks.device_stats import device_name
@@ -142,6 +143,7 @@ class Bench:
             "stride": layout.stride,
             "patches": layout.patches,
             "tensor": job.tensor,
+            "steps_at_a_time": layout.steps,
             "cfg": layout.cfg,
             "steps": options.steps or own_steps,
             "warm_up": options.warm_up if job.is_asynchronous else None,
@@ -166,12 +168,16 @@ class Bench:
         shards = self._split(model, job) if job.tensor > 1 else None
         handle = None if job.is_plain else self._install(model, job)
         try:
-            model.loop(short_run(steps, options.warm_up))
+            model.loop(short_run(steps, options.warm_up, job.layout.steps))
             world.synchronize()
             setup = time.perf_counter() - started
             runs, latents = self._timed(model, handle, steps)
             exact = handle.exact_steps if handle and job.is_asynchronous else steps
-            row = figures(runs, exact, job.layout.stride)
+            if job.layout.steps > 1:
+                row = figures_of_rounds(runs, options.warm_up, job.layout.steps)
+                assert row["exact_steps"] == exact
+            else:
+                row = figures(runs, exact, job.layout.stride)
             row |= {"setup_s": setup, "loop_s": statistics.median(run.seconds for run in runs)}
             own = {"peak_gib": world.peak(), "slowest_ms": row.pop("last_ms", None)}
             own["exposed_ms"] = getattr(handle, "exposed_ms", None)
@@ -183,7 +189,7 @@ class Bench:
                 row |= _describe(handle, job.layout)
             if shards is not None:
                 row["split_share"] = shards.share
-            if job.layout.patches > 1 or shards is not None:
+            if job.layout.patches > 1 or job.layout.steps > 1 or shards is not None:
                 # each rank knows what it sends itself
                 row["mib_per_step"] = sum(rank["sent_mib"] for rank in ranks)
             if row["exposed_ms"] is None and row["slowest_ms"] is not None:
@@ -194,7 +200,7 @@ class Bench:
                 row["deviation"] = relative_deviation(latents, self._reference)
             wanted = options.whole_pipeline
             if wanted is not None and (job.is_plain or not wanted or job.name in wanted):
-                row["pipeline_s"] = self._whole(model, steps)
+                row["pipeline_s"] = self._whole(model, steps, job.layout.steps)
             return row
         finally:
             if handle is not None:
@@ -225,6 +231,8 @@ class Bench:
                 "portion": job.portion,
                 "compile": job.compile,
             }
+        elif layout.steps > 1:
+            settings = {"steps": layout.steps, "compile": job.compile}
         else:
             settings = {
                 "stages": layout.stages,
@@ -261,10 +269,10 @@ class Bench:
         self.world.synchronize()
         return marks.read(time.perf_counter() - started), latents
 
-    def _whole(self, model: Denoising, steps: int) -> float:
+    def _whole(self, model: Denoising, steps: int, at_a_time: int) -> float:
         """Seconds of the whole pipeline: the median of calls after a short one."""
         try:
-            model.whole(short_run(steps, self.options.warm_up))
+            model.whole(short_run(steps, self.options.warm_up, at_a_time))
             seconds: list[float] = []
             while len(seconds) < self.options.repeats and sum(seconds) <= self.options.patience:
                 # the slowest rank's, so that all stop after the same call

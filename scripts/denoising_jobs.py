@@ -52,8 +52,9 @@ class Job:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether steps after warm-up use what is a step old."""
-        return self.layout.stages > 1 or (self.layout.patches > 1 and self.mode != "full_sync")
+        """Whether steps after warm-up use what is a step old, or a round."""
+        layout = self.layout
+        return layout.stages > 1 or layout.steps > 1 or (layout.patches > 1 and self.mode != "full_sync")
 
     @property
     def is_plain(self) -> bool:
@@ -77,6 +78,8 @@ class Job:
 PLAIN = Job("1", Layout())
 TENSOR = re.compile(r"(?:(\d)x)?t([2-9]|[1-9]\d+)")
 """Layouts in which ranks share each layer: `t4`, and `2xt2` with a guidance batch that is split."""
+STEPS = re.compile(r"(?:(\d)x)?steps([2-9]|[1-9]\d+)")
+"""Layouts in which ranks compute steps of their own: `steps2`, and `2xsteps2` with a guidance batch that is split."""
 
 
 def parse(arguments: list[str] | None, description: str | None = None) -> argparse.Namespace:
@@ -90,7 +93,11 @@ def parse(arguments: list[str] | None, description: str | None = None) -> argpar
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--models", nargs="+", choices=list(FULL), default=list(FULL))
     parser.add_argument(
-        "--layouts", nargs="+", default=["1"], help="layouts (1); plain diffusers on one rank comes by itself"
+        "--layouts",
+        nargs="+",
+        default=["1"],
+        help="layouts such as 2, 3s2, p2, t2, steps2, and 2x2, 2xp2, 2xt2, 2xsteps2 (1); plain diffusers on one rank "
+        "comes by itself",
     )
     parser.add_argument("--compile", nargs="+", choices=("none", "blocks", "full"), default=["none"])
     parser.add_argument(
@@ -170,7 +177,7 @@ def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
             cfg, tensor = (int(number or 1) for number in found.groups())
             jobs += _tensor_jobs(Job(name, Layout(cfg=cfg), tensor=tensor), options.compile, captures, ranks)
             continue
-        layout = parse_layout(name)
+        layout = _layout(name)
         layout.over(ranks)
         if layout.cfg == 2 and options.half_batch:
             raise ValueError(f"--half-batch leaves nothing to split, and --layouts has {name}; take {name[2:]}.")
@@ -192,6 +199,15 @@ def plan(options: argparse.Namespace, ranks: int) -> list[Job]:
             jobs.append(Job(name, layout, compile, capture, balance, warm_up_mode, folded))
     # stable: settings in the order they were given in
     return list(dict.fromkeys(sorted(jobs, key=lambda job: job.ranks > 1)))
+
+
+def _layout(name: str) -> Layout:
+    """The layout of a name that has no tensor parallelism in it."""
+    found = STEPS.fullmatch(name)
+    if found is None:
+        return parse_layout(name)
+    cfg, steps = (int(number or 1) for number in found.groups())
+    return Layout(cfg=cfg, steps=steps)
 
 
 def _tensor_jobs(job: Job, compiles: list[str], captures: list[bool], ranks: int) -> list[Job]:
@@ -236,11 +252,17 @@ def sized(kind: Kind, latents: str | None, is_half: bool = False) -> Kind:
     return replace(kind, latents=(*kind.latents[:-2], rows, columns), changes={**kind.changes, **size})
 
 
-def short_run(steps: int, warm_up: int) -> int:
+def short_run(steps: int, warm_up: int, at_a_time: int = 1) -> int:
     """Steps of a loop that meets every phase of the schedule that a loop of `steps` meets, and no step more.
 
     After warm-up there are a fill, two buffers that are read in turn, and a last step; which buffer that reads depends
-    on whether the number of steps is even.
+    on whether the number of steps is even. Where steps are computed several at a time, there is a round in which all
+    ranks send.
+
+    Args:
+        steps: Steps of the loop.
+        warm_up: Exact steps.
+        at_a_time: Steps of a round.
     """
-    short = warm_up + 5
+    short = warm_up + max(5, at_a_time)
     return min(steps, short + (steps - short) % 2)

@@ -18,8 +18,8 @@ Row = dict[str, Any]
 """Figures of one layout in one setting by the names of `COLUMNS`; None and what is missing were not measured."""
 
 COLUMNS = (
-    *("model", "layout", "setting", "gpus", "stages", "stride", "patches", "tensor", "cfg", "steps", "warm_up"),
-    *("compile", "capture", "balance", "warm_up_mode", "is_plain"),
+    *("model", "layout", "setting", "gpus", "stages", "stride", "patches", "tensor", "steps_at_a_time", "cfg"),
+    *("steps", "warm_up", "compile", "capture", "balance", "warm_up_mode", "is_plain"),
     *("loop_s", "over_eager", "over_compiled", "pipeline_s", "pipeline_share_of_eager"),
     *("exact_steps", "exact_step_ms", "asynchronous_step_ms", "of_ideal", "glue_ms", "host_ms"),
     *("slowest_share", "fastest_share", "slowest_ms", "exposed_ms", "mib_per_step", "split_share"),
@@ -30,13 +30,14 @@ COLUMNS = (
 
 `loop_s` and `pipeline_s` are seconds of the denoising loop and of the whole pipeline, `over_...` how many times faster
 the loop is than on one GPU with plain diffusers, and than with the fastest compiled one. `of_ideal` is the time of a
-step after warm-up over that of one GPU in the same setting, divided by the number of GPUs: 1 is a perfect split.
+step after warm-up over that of one GPU in the same setting, divided by the number of GPUs: 1 is a perfect split. Of
+`steps_at_a_time` steps that are computed together, each has its share of their round in the times of a step.
 `glue_ms` is what a step does outside of the denoiser, `host_ms` what the CPU spends on it: where that is the whole
-step, launches set the pace. `..._share` are shares of the denoiser's measured cost that the slowest and the fastest
-stage have, `slowest_ms` is what the slowest computes in a step, taken from the last step, which sends nothing, and
-`exposed_ms` what messages add to it. `split_share` is the share of the weights that is in layers that tensor
-parallelism splits. `deviation` is that of the latents from one GPU's, relative; with random weights it tells rounding
-from staleness, not how good a picture is.
+step, launches set the pace, or, with several steps at a time, the CPU waited for the GPU to come to the round before.
+`..._share` are shares of the denoiser's measured cost that the slowest and the fastest stage have, `slowest_ms` is what
+the slowest computes in a step, taken from the last step, which sends nothing, and `exposed_ms` what messages add to it.
+`split_share` is the share of the weights that is in layers that tensor parallelism splits. `deviation` is that of the
+latents from one GPU's, relative; with random weights it tells rounding from staleness, not how good a picture is.
 """
 
 SHOWN = {

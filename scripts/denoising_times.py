@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from asyncdiff_pl.parallel.steps.settings import round_of
+
 
 @dataclass(frozen=True)
 class Run:
@@ -63,8 +65,7 @@ def figures(runs: list[Run], exact: int, stride: int = 1) -> dict[str, Any]:
     """
 
     def middle(name: str, kind: slice) -> float:
-        per_step = [statistics.median(values) for values in zip(*(getattr(run, name) for run in runs), strict=True)]
-        return (statistics.median if stride == 1 else statistics.fmean)(per_step[kind])
+        return (statistics.median if stride == 1 else statistics.fmean)(_per_step(runs, name)[kind])
 
     last = len(runs[0].steps_ms) - 1
     kind = slice(min(1, exact - 1), exact)
@@ -76,6 +77,44 @@ def figures(runs: list[Run], exact: int, stride: int = 1) -> dict[str, Any]:
             row["last_ms"] = middle("steps_ms", slice(last, None))
     row["glue_ms"] = middle("steps_ms", kind) - middle("denoiser_ms", kind)
     return row | {"host_ms": middle("host_ms", kind)}
+
+
+def figures_of_rounds(runs: list[Run], warm_up: int, at_a_time: int) -> dict[str, Any]:
+    """The same where steps are computed several at a time: a step has its share of its round.
+
+    The first step of a round takes the time of all, and the others next to none. Rounds of all ranks count; where there
+    is none, since fewer steps are left after warm-up, the one that there is. A last step that is left alone is exact.
+
+    Args:
+        runs: The loops.
+        warm_up: Exact steps at the start.
+        at_a_time: Steps of a round.
+    """
+    number = len(runs[0].steps_ms)
+    found = {round_of(step, number, at_a_time, warm_up) for step in range(number)}
+    rounds = [each for each in found if each is not None]
+    if not rounds:
+        return figures(runs, number)
+    size = max(each.size for each in rounds)
+    starts = [each.first for each in rounds if each.size == size]
+
+    def middle(name: str) -> float:
+        values = _per_step(runs, name)
+        return statistics.median(sum(values[start : start + size]) / size for start in starts)
+
+    return {
+        "exact_steps": number - sum(each.size for each in rounds),
+        "exact_step_ms": statistics.median(_per_step(runs, "steps_ms")[min(1, warm_up - 1) : warm_up]),
+        "asynchronous_step_ms": middle("steps_ms"),
+        "timed_loops": len(runs),
+        "glue_ms": middle("steps_ms") - middle("denoiser_ms"),
+        "host_ms": middle("host_ms"),
+    }
+
+
+def _per_step(runs: list[Run], name: str) -> list[float]:
+    """The medians over the runs of one of the times of each step."""
+    return [statistics.median(values) for values in zip(*(getattr(run, name) for run in runs), strict=True)]
 
 
 def relative_deviation(latents: torch.Tensor, reference: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from denoising_jobs import PLAIN, Job, parse, plan, short_run, sized
 from denoising_models import FULL, TINY, Denoising
 from denoising_ranks import Clock
 from denoising_report import COLUMNS, Table, compare, line, newest, plot, read_rows
-from denoising_times import Marks, Run, figures, relative_deviation
+from denoising_times import Marks, Run, figures, figures_of_rounds, relative_deviation
 
 from asyncdiff_pl.parallel import Layout, parallelize
 from asyncdiff_pl.parallel.stages.schedule import plan_step
@@ -74,6 +74,16 @@ def test_patches_come_in_their_modes():
     ]
 
 
+def test_several_steps_at_a_time_are_compiled_whole_and_captured():
+    options = ["--layouts", "2xsteps2", "steps4", "--compile", "none", "full", "--capture", "on", "--device", "cuda"]
+    options += ["--balance", "measured", "--folded", "yes", "--warm-up-mode", "relay"]
+    layouts = {"2xsteps2": Layout(cfg=2, steps=2), "steps4": Layout(steps=4)}
+    found = plan(parse(options), 4)
+    assert found[1:] == [Job(name, layout, kind, True) for name, layout in layouts.items() for kind in ("none", "full")]
+    assert all(job.is_asynchronous and job.ranks == 4 for job in found[1:])
+    assert [str(job) for job in found[1:3]] == ["2xsteps2, captured", "2xsteps2, full, captured"]
+
+
 def test_other_sizes():
     large = sized(FULL["sdxl"], "256x192")
     assert large.latents == (4, 256, 192)
@@ -91,6 +101,9 @@ def test_other_sizes():
         (["--layouts", "p2", "--patch-mode", "syn_gn"], 4, "mode is syn_gn; give one of full_sync"),
         (["--layouts", "p2", "--patch-mode", "stale_gn:x"], 4, "stale_gn:x has a portion that is no number"),
         (["--layouts", "2x2", "--half-batch"], 4, "leaves nothing to split, and --layouts has 2x2; take 2"),
+        (["--layouts", "2xsteps2", "--half-batch"], 4, "--layouts has 2xsteps2; take steps2"),
+        (["--layouts", "steps3"], 4, "steps 3 = 3 ranks does not fit 4"),
+        (["--layouts", "steps1"], 4, "There is no layout steps1"),
         (["--capture", "on", "--device", "cpu"], 1, "there is no GPU; take --capture off"),
     ],
 )
@@ -112,6 +125,11 @@ def test_a_short_run_meets_every_phase(steps, warm_up):
 
     assert phases(short_run(steps, warm_up)) == phases(steps)
     assert short_run(steps, warm_up) <= warm_up + 6
+
+
+@pytest.mark.parametrize(("steps", "at_a_time", "short"), [(25, 2, 9), (50, 8, 12), (50, 9, 12), (6, 8, 6)])
+def test_a_short_run_has_a_round_of_all_ranks(steps, at_a_time, short):
+    assert short_run(steps, 3, at_a_time) == short
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -182,6 +200,35 @@ def test_steps_after_warm_up_are_told_from_exact_ones():
     ahead = figures([Run(1.0, [9, 9, 12, 2, 14, 4, 3], [0] * 7, [0] * 7)], 2, stride=2)
     assert ahead["asynchronous_step_ms"] == 8
     assert "last_ms" not in ahead
+
+
+@pytest.mark.parametrize(
+    ("left", "exact", "asynchronous", "outside"),
+    [
+        # a last round of 1 step is exact, and one of 2 is no measure of 3
+        ([30, 1, 2, 36, 1, 2, 20], 4, 12, 1),
+        ([30, 1, 2, 36, 1, 2, 20, 1], 3, 12, 1),
+        ([27, 1], 3, 14, 0.5),
+    ],
+)
+def test_a_step_of_a_round_has_its_share_of_it(left, exact, asynchronous, outside):
+    steps = [90, 20, 22, *left]
+    denoiser = [time if time > 2 else 0 for time in steps]
+    found = figures_of_rounds([Run(1.0, steps, denoiser, [2 * time for time in steps])] * 3, 3, 3)
+    assert found == {
+        "exact_steps": exact,
+        "exact_step_ms": 21,
+        "asynchronous_step_ms": asynchronous,
+        "timed_loops": 3,
+        "glue_ms": outside,
+        "host_ms": 2 * asynchronous,
+    }
+
+
+def test_rounds_that_are_not_there():
+    run = Run(1.0, [9, 2, 3, 4], [0, 1, 1, 1], [0, 1, 1, 1])
+    assert figures_of_rounds([run], 3, 2) == figures([run], 4)
+    assert "asynchronous_step_ms" not in figures([run], 4)
 
 
 def test_rows_are_compared_with_one_gpu():
@@ -272,7 +319,9 @@ def test_two_ranks_one_of_which_fails_once(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    options = "--tiny --models sd21 sdxl --layouts 2x1 2 --balance measured --repeats 1 --device cpu --seconds 90"
+    options = (
+        "--tiny --models sd21 sdxl --layouts 2x1 2 steps2 --balance measured --repeats 1 --device cpu --seconds 90"
+    )
     options += " --csv rows.csv --plot rows.png"
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
@@ -295,9 +344,9 @@ def test_two_ranks_one_of_which_fails_once(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], said
     rows = read_rows(tmp_path / "rows.csv")
     assert said[0][0].splitlines()[2:] == [line(found) for found in rows]
-    plain, halves, stages, failed, *after = rows
-    assert [found["model"] for found in rows] == ["tiny sd21"] * 3 + ["tiny sdxl"] * 3
-    assert all(found["loop_s"] > 0 and found["deviation"] >= 0 and found["over_eager"] > 0 for found in rows[:3])
+    plain, halves, stages, steps, failed, *after = rows
+    assert [found["model"] for found in rows] == ["tiny sd21"] * 4 + ["tiny sdxl"] * 4
+    assert all(found["loop_s"] > 0 and found["deviation"] >= 0 and found["over_eager"] > 0 for found in rows[:4])
     assert (plain["over_eager"], plain["deviation"]) == (1, 0)
     assert halves["deviation"] < 1e-5
     assert 1e-3 < stages["deviation"] < 1
@@ -306,6 +355,12 @@ def test_two_ranks_one_of_which_fails_once(tmp_path):
     assert stages["mib_per_step"] > 0 == halves["mib_per_step"]
     assert stages["slowest_ms"] + stages["exposed_ms"] == pytest.approx(stages["asynchronous_step_ms"], rel=1e-3)
     assert 0.3 < stages["fastest_share"] <= 0.5 <= stages["slowest_share"] < 0.7
+    assert (steps["steps_at_a_time"], steps["warm_up"], steps["exact_steps"], steps["stages"]) == (2, 3, 3, 1)
+    assert 1e-4 < steps["deviation"] < stages["deviation"]
+    assert steps["asynchronous_step_ms"] > 0 < steps["exact_step_ms"]
+    # each rank sends an estimate of both halves a round: [2, 4, 16, 16] in float32
+    assert steps["mib_per_step"] == 2 * 2 * 4 * 16 * 16 * 4 / 2 / 2**20
+    assert steps["slowest_ms"] is steps["exposed_ms"] is None
     assert failed["failure"] == "rank 1: RuntimeError: no memory"
     # there is nothing to compare the others with, but they are measured
     assert all(found["loop_s"] > 0 and found["over_eager"] is None for found in after)
