@@ -1,10 +1,11 @@
-"""Measures what asynchrony costs in quality: tiny-svd and tiny-sd in stages and patches, simulated in one process.
+"""Measures what asynchrony costs in quality: tiny-svd and tiny-sd in patches, steps at a time and stages, simulated.
 
-    python scripts/measure_quality.py measure quality --shard 0/4   # one on each GPU, all in one folder
+    python scripts/measure_quality.py measure quality --shard 0/4   # several on each GPU, all in one folder
     python scripts/measure_quality.py merge quality                  # needs no GPU
 
 `measure` appends a row for each sample to quality/samples_0of4.csv, one setting after the other; started again, it goes
-on where it was. `merge` writes samples.csv (all rows), summary.csv, quality.md and quality.png into the folder.
+on where it was. One process leaves most of a large GPU idle; 6 of them keep it busy. `merge` writes samples.csv (all
+rows), summary.csv, quality.md, quality.png and quality_ranks.png into the folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +21,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDiffusionPipeline
 from jsonargparse import auto_cli
 from quality_rows import (
+    LAYOUTS,
     ONE_RANK,
     PATCH_WARM_UPS,
+    STEP_LAYOUTS,
+    SVD_WARM_UPS,
     WARM_UPS,
     Conditions,
     Row,
@@ -42,15 +46,19 @@ GUIDANCE = 5.0
 """Guidance scale of pictures; videos have their pipeline's own, 1 to 3."""
 
 
+Method = Literal["patches", "steps", "stages"]
+
+
 def measure(
     folder: Path,
     shard: str = "0/1",
     svd: str | None = "tiny-svd",
     sd: str | None = "tiny-sd",
     clip: str = "tiny-clip",
-    methods: list[Literal["stages", "patches"]] | None = None,
-    warm_ups: tuple[int, ...] = WARM_UPS,
-    patch_warm_ups: tuple[int, ...] = PATCH_WARM_UPS,
+    methods: Sequence[Method] = ("patches", "steps", "stages"),
+    warm_ups: Sequence[int] = WARM_UPS,
+    svd_warm_ups: Sequence[int] = SVD_WARM_UPS,
+    patch_warm_ups: Sequence[int] = PATCH_WARM_UPS,
     samples: int = 64,
     steps: int = 25,
     batch_size: int = 16,
@@ -63,16 +71,18 @@ def measure(
 
     Args:
         folder: Where the rows go; all shards share it.
-        shard: `0/4` runs the first fourth of the settings, `1/4` the second, and so on.
+        shard: `0/4` runs settings 0, 4, 8 and so on, `1/4` settings 1, 5, 9.
         svd: Video pipeline: an embedded one or a folder; null leaves it out.
         sd: Picture pipeline: an embedded one or a folder; null leaves it out.
         clip: Model that scores: an embedded one or a folder.
-        methods: What is measured: `[stages]`, `[patches]`, or both, which is the default.
-        warm_ups: Exact steps at the beginning; each layout in stages is measured with each of them.
+        methods: What is measured, in this order.
+        warm_ups: Exact steps at the beginning; each layout in stages or steps is measured with each of them.
+        svd_warm_ups: Those of the video pipeline.
         patch_warm_ups: Those of patches, for each mode that has steps after them.
         samples: Held-out scenes.
         steps: Denoising steps.
         batch_size: Videos of one call; 31 of 128x128 pixels is the most that attention over time takes on a GPU.
+            Batches of one size share the recordings of a setting.
         picture_batch_size: Pictures of one call.
         dtype: Number format of the pipelines; CLIP runs in float32.
         device: Where everything runs.
@@ -83,40 +93,53 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"samples_{index}of{number}.csv"
     conditions = Conditions(steps, seed, dtype)
-    scorer = Scorer(clip, device)
     names = {kind: name for kind, name in (("svd", svd), ("sd", sd)) if name is not None}
-    methods = methods or ["stages", "patches"]
-    wanted = settings_of(warm_ups) if "stages" in methods else [ONE_RANK]
-    wanted += patch_settings(patch_warm_ups) if "patches" in methods else []
-    jobs = [(kind, setting) for kind in names for setting in wanted][index::number]
-    for kind, name in names.items():
-        done = complete([row for part in read_rows(folder, conditions) for row in part], samples)
-        todo = [setting for its_kind, setting in jobs if its_kind == kind and (name, setting) not in done]
-        if not todo:
+    jobs = [
+        (kind, setting)
+        for method in methods
+        for kind in names
+        for setting in wanted(method, svd_warm_ups if kind == "svd" else warm_ups, patch_warm_ups)
+    ]
+    done = complete([row for part in read_rows(folder, conditions) for row in part], samples)
+    # one rank stands at the beginning of each method
+    todo = [job for job in list(dict.fromkeys(jobs))[index::number] if (names[job[0]], job[1]) not in done]
+    own = [row for part in read_rows(folder, conditions, path.name) for row in part]
+    # what was cut off in the middle is not kept
+    write_rows(path, [row for row in own if (row.model, row.setting) in done])
+    if not todo:
+        return
+    scorer = Scorer(clip, device)
+    models = {}
+    for kind, setting in todo:
+        name = names[kind]
+        if kind not in models:
+            if kind == "svd":
+                pipe = load(StableVideoDiffusionPipeline, name, dtype, device)
+                generate, captions = prepare_videos(pipe, samples, steps, batch_size, device, seed)
+            else:
+                pipe = load(StableDiffusionPipeline, name, dtype, device)
+                generate, captions = prepare_pictures(pipe, samples, steps, picture_batch_size, device, seed)
+            models[kind] = pipe, generate, captions, generate()
+        pipe, generate, captions, reference = models[kind]
+        if setting.patches > most_patches(pipe):
+            print(f"{name}, {setting}: left out, its latents have too few rows", flush=True)
             continue
-        own = read_rows(folder, conditions, path.name)
-        # what was cut off in the middle is not kept
-        write_rows(path, [row for part in own for row in part if (row.model, row.setting) in done])
-        if kind == "svd":
-            pipe = load(StableVideoDiffusionPipeline, name, dtype, device)
-            generate, captions = prepare_videos(pipe, samples, steps, batch_size, device, seed)
-        else:
-            pipe = load(StableDiffusionPipeline, name, dtype, device)
-            generate, captions = prepare_pictures(pipe, samples, steps, picture_batch_size, device, seed)
-        reference = generate()
-        for setting in todo:
-            if setting.patches > most_patches(pipe):
-                print(f"{name}, {setting}: left out, its latents have too few rows", flush=True)
-                continue
-            started = time.perf_counter()
-            clips = reference if setting == ONE_RANK else run(pipe, setting, generate)
-            ratios = psnr(clips, reference).tolist()
-            scores = scorer.frames(clips, captions).mean(1).tolist()
-            rows = [Row(name, conditions, setting, i, *pair) for i, pair in enumerate(zip(ratios, scores, strict=True))]
-            write_rows(path, rows, append=True)
-            means = sum(ratios) / samples, sum(scores) / samples
-            seconds = time.perf_counter() - started
-            print(f"{name}, {setting}: PSNR {means[0]:.2f} dB, score {means[1]:.2f}, {seconds:.0f} s", flush=True)
+        started = time.perf_counter()
+        clips = reference if setting == ONE_RANK else run(pipe, setting, generate)
+        ratios = psnr(clips, reference).tolist()
+        scores = scorer.frames(clips, captions).mean(1).tolist()
+        rows = [Row(name, conditions, setting, i, *pair) for i, pair in enumerate(zip(ratios, scores, strict=True))]
+        write_rows(path, rows, append=True)
+        means = sum(ratios) / samples, sum(scores) / samples
+        seconds = time.perf_counter() - started
+        print(f"{name}, {setting}: PSNR {means[0]:.2f} dB, score {means[1]:.2f}, {seconds:.0f} s", flush=True)
+
+
+def wanted(method: Method, warm_ups: Iterable[int], patch_warm_ups: Iterable[int]) -> list[Setting]:
+    """Settings of a method, one rank first."""
+    if method == "patches":
+        return [ONE_RANK, *patch_settings(patch_warm_ups)]
+    return settings_of(warm_ups, LAYOUTS if method == "stages" else STEP_LAYOUTS)
 
 
 def merge(folder: Path) -> None:
@@ -168,6 +191,7 @@ def run(pipe: DiffusionPipeline, setting: Setting, generate: Callable[[], Tensor
         patches=setting.patches,
         mode=setting.mode or "full_sync",
         portion=setting.portion,
+        steps=setting.at_once,
         simulate=True,
     )
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from quality_rows import LAYOUTS, ONE_RANK, Row, Setting
+from quality_rows import LAYOUTS, ONE_RANK, STEP_LAYOUTS, Row, Setting
 from torch import Tensor
 
 from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
@@ -35,8 +35,8 @@ class Quality:
         return sorted(self.psnr_db.keys() - {ONE_RANK}, key=order)
 
     @property
-    def stage_settings(self) -> list[Setting]:
-        """Those of them with stages."""
+    def whole_settings(self) -> list[Setting]:
+        """Those of them with stages or steps at a time, each of which sees whole pictures."""
         return [setting for setting in self.settings if setting.patches == 1]
 
     @property
@@ -45,14 +45,19 @@ class Quality:
         return [setting for setting in self.settings if setting.patches > 1]
 
     @property
-    def layouts(self) -> list[tuple[int, int, int]]:
-        """Layouts in stages that were measured, in order."""
-        return list(dict.fromkeys(setting.layout for setting in self.stage_settings))
+    def layouts(self) -> list[Setting]:
+        """Layouts in stages and steps that were measured, in order."""
+        return list(dict.fromkeys(setting.layout for setting in self.whole_settings))
+
+    @property
+    def stage_layouts(self) -> list[Setting]:
+        """Those of them in stages."""
+        return [layout for layout in self.layouts if layout.stages > 1]
 
     @property
     def warm_ups(self) -> list[int]:
-        """Warm-ups of stages that were measured, in order."""
-        return sorted({setting.warm_up for setting in self.stage_settings})
+        """Warm-ups of stages and steps that were measured, in order."""
+        return sorted({setting.warm_up for setting in self.whole_settings})
 
     @property
     def score_title(self) -> str:
@@ -71,11 +76,11 @@ class Quality:
 
 
 def order(setting: Setting) -> tuple[float, ...]:
-    """One rank first, then stages by layout and warm-up, then patches by number, warm-up, mode and portion."""
+    """One rank, then stages and steps by layout and warm-up, then patches by number, warm-up, mode and portion."""
     if setting == ONE_RANK:
         return (0,)
     if setting.patches == 1:
-        return 1, LAYOUTS.index(setting.layout), setting.warm_up
+        return 1, (LAYOUTS + STEP_LAYOUTS).index(setting.layout), setting.warm_up
     return 2, setting.patches, setting.warm_up, MODES.index(setting.mode), -setting.portion
 
 

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 WARM_UPS = (1, 3, 5, 9)
 """Warm-ups that are measured where none are named."""
+SVD_WARM_UPS = (3, 9, 17)
+"""Those of the video pipeline, whose noise schedule makes little of the first nine steps (docs/quality.md)."""
 COLUMNS = (
     *("model", "steps", "seed", "dtype"),
-    *("stages", "stride", "cfg", "warm_up", "patches", "mode", "portion"),
+    *("stages", "stride", "cfg", "warm_up", "patches", "mode", "portion", "at_once"),
     *("sample", "psnr_db", "score"),
 )
 
@@ -34,12 +36,13 @@ class Setting(NamedTuple):
 
     Args:
         stages: Stages of the denoiser.
-        stride: Steps of one round.
+        stride: Steps of one round of the stages.
         cfg: Parts of the guidance batch.
         warm_up: Exact steps at the beginning; 0 where the mode has no others, or none at all.
         patches: Patches of the rows, in place of stages.
-        mode: What patches see of one another; empty for stages.
+        mode: What patches see of one another; empty for others.
         portion: Share of the neighbours' rows that self-attention sees.
+        at_once: Steps that are computed at a time, each by a rank, in place of stages.
     """
 
     stages: int
@@ -49,34 +52,42 @@ class Setting(NamedTuple):
     patches: int = 1
     mode: str = ""
     portion: float = 1.0
+    at_once: int = 1
 
     @property
-    def layout(self) -> tuple[int, int, int]:
-        """Stages, stride and cfg."""
-        return self[:3]
+    def layout(self) -> Setting:
+        """The same without warm-up."""
+        return self._replace(warm_up=0)
 
     @property
     def ranks(self) -> int:
         """How many ranks it takes."""
-        return self.cfg * self.patches if self.patches > 1 else ranks(self.layout)
+        return self.cfg * max(self.patches, self.at_once, self.stages + self.stride - 1)
 
     def __str__(self) -> str:
+        if self.layout == ONE_RANK:
+            return "one rank"
+        if self.patches > 1:
+            text = f"{self.patches} patches, {self.mode}{f', portion {self.portion:g}' if self.portion < 1 else ''}"
+        elif self.at_once > 1:
+            text = f"{self.at_once} steps"
+        else:
+            text = f"{self.stages} stages{f', stride {self.stride}' if self.stride > 1 else ''}"
         warm_up = f", warm-up {self.warm_up}" if self.warm_up else ""
-        if self.patches == 1:
-            return f"{describe(self.layout)}{warm_up}"
-        portion = f", portion {self.portion:g}" if self.portion < 1 else ""
-        return f"{self.patches} patches, {self.mode}{portion}{warm_up}"
+        return f"{f'cfg {self.cfg} x ' if self.cfg > 1 else ''}{text}{warm_up}"
 
 
-LAYOUTS = [*itertools.product((2, 3, 4), (1, 2), (1,)), (2, 1, 2)]
-"""Stages, stride and cfg of each layout."""
 ONE_RANK = Setting(1, 1, 1, 0)
+LAYOUTS = [*(Setting(*axes, 1, 0) for axes in itertools.product((2, 3, 4), (1, 2))), Setting(2, 1, 2, 0)]
+"""Layouts in stages."""
+STEP_LAYOUTS = [*(Setting(1, 1, 1, 0, at_once=number) for number in (2, 3, 4)), Setting(1, 1, 2, 0, at_once=2)]
+"""Layouts in steps at a time."""
 
 
 PATCHES = (2, 4)
 """Numbers of patches that are measured."""
-PATCH_WARM_UPS = (1, 4)
-"""Their warm-ups where none are named: the fewest steps, and PatchStrategy's own."""
+PATCH_WARM_UPS = (3,)
+"""Their warm-ups where none are named: one that stages and steps are measured with too."""
 PORTIONS = (0.5, 0.3, 0.1, 0.0)
 """Portions that are measured, in corrected_async_gn; 1 is the mode itself."""
 SEND_ROWS = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn")
@@ -96,10 +107,10 @@ def patch_settings(warm_ups: Iterable[int] = PATCH_WARM_UPS, numbers: Iterable[i
     return found
 
 
-def settings_of(warm_ups: Iterable[int] = WARM_UPS) -> list[Setting]:
+def settings_of(warm_ups: Iterable[int] = WARM_UPS, layouts: Iterable[Setting] = LAYOUTS) -> list[Setting]:
     """One rank, and each layout with each warm-up."""
     each = sorted(set(warm_ups))
-    return [ONE_RANK, *(Setting(*layout, warm_up) for layout in LAYOUTS for warm_up in each)]
+    return [ONE_RANK, *(layout._replace(warm_up=warm_up) for layout in layouts for warm_up in each)]
 
 
 SETTINGS = settings_of()
@@ -125,20 +136,6 @@ class Row(NamedTuple):
     score: float
 
 
-def describe(layout: tuple[int, int, int]) -> str:
-    """A layout in words."""
-    stages, stride, cfg = layout
-    if stages == 1:
-        return "one rank"
-    return f"{f'cfg {cfg} x ' if cfg > 1 else ''}{stages} stages{f', stride {stride}' if stride > 1 else ''}"
-
-
-def ranks(layout: tuple[int, int, int]) -> int:
-    """How many ranks a layout takes."""
-    stages, stride, cfg = layout
-    return cfg * (stages + stride - 1)
-
-
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +154,7 @@ def write_rows(path: Path, rows: Iterable[Row], append: bool = False) -> None:
 def read_rows(folder: Path, conditions: Conditions | None = None, pattern: str = "samples_*of*.csv") -> list[list[Row]]:
     """Reads the rows of a folder, file by file; a line that was cut off is left out.
 
-    Files from before there were patches have no columns of theirs.
+    Files from before there were patches, or steps at a time, have no columns of theirs.
 
     Args:
         folder: Where the files are.
@@ -186,10 +183,11 @@ def _row(cells: dict[str, str]) -> Row:
     """A row of a file, by its columns."""
     axes = (int(cells[name]) for name in ("stages", "stride", "cfg", "warm_up"))
     patches = int(cells.get("patches", 1)), cells.get("mode", ""), float(cells.get("portion", 1.0))
+    at_once = int(cells.get("at_once", 1))
     return Row(
         cells["model"],
         Conditions(int(cells["steps"]), int(cells["seed"]), cells["dtype"]),
-        Setting(*axes, *patches),
+        Setting(*axes, *patches, at_once),
         int(cells["sample"]),
         float(cells["psnr_db"]),
         float(cells["score"]),

@@ -7,6 +7,7 @@ from quality_rows import (
     COLUMNS,
     ONE_RANK,
     SETTINGS,
+    STEP_LAYOUTS,
     Conditions,
     Row,
     Setting,
@@ -24,12 +25,13 @@ CONDITIONS = Conditions(25, 0, "float32")
 
 
 def rows_of(settings, samples=8, conditions=CONDITIONS, model="tiny-sd"):
-    """PSNR rises with warm-up and falls with stages; what a sample has in common hides it from unpaired means."""
+    """PSNR rises with warm-up and falls with stages, and less with steps: what a sample has in common hides it."""
     noise = random.Random(0)
     for setting in settings:
         for sample in range(samples):
             common = 30 * (sample % 4) + noise.gauss(0, 0.01)
-            psnr_db = float("inf") if setting == ONE_RANK else common + setting.warm_up - 2 * setting.stages
+            age = 2 * setting.stages if setting.stages > 1 else setting.at_once
+            psnr_db = float("inf") if setting == ONE_RANK else common + setting.warm_up - age
             yield Row(model, conditions, setting, sample, psnr_db, common + setting.stages)
 
 
@@ -64,7 +66,7 @@ def test_every_setting_of_patches_can_be_run(setting):
 def test_rows_from_before_there_were_patches_are_read(tmp_path):
     rows = list(rows_of(SETTINGS[:3]))
     write_rows(tmp_path / "samples_0of2.csv", rows)
-    added = [COLUMNS.index(name) for name in ("patches", "mode", "portion")]
+    added = [COLUMNS.index(name) for name in ("patches", "mode", "portion", "at_once")]
     table = [line.split(",") for line in (tmp_path / "samples_0of2.csv").read_text().splitlines()]
     old = [",".join(cell for at, cell in enumerate(line) if at not in added) for line in table]
     (tmp_path / "samples_0of2.csv").write_text("\n".join(old) + "\n")
@@ -78,6 +80,18 @@ def test_rows_from_before_there_were_patches_are_read(tmp_path):
 def test_settings_cover_what_is_asked_once():
     assert len(set(SETTINGS)) == len(SETTINGS) == 1 + 3 * 2 * 4 + 4
     assert Setting(2, 1, 2, 9) in SETTINGS
+
+
+def test_steps_at_a_time_are_measured_on_the_ranks_of_stages():
+    settings = settings_of([3], STEP_LAYOUTS)[1:]
+    assert [(setting.at_once, setting.cfg, setting.ranks) for setting in settings] == [
+        (2, 1, 2),
+        (3, 1, 3),
+        (4, 1, 4),
+        (2, 2, 4),
+    ]
+    assert [str(setting) for setting in settings[::3]] == ["2 steps, warm-up 3", "cfg 2 x 2 steps, warm-up 3"]
+    assert not set(settings) & set(SETTINGS)
 
 
 def test_rows_come_back(tmp_path):
@@ -122,6 +136,7 @@ class TestReport:
         assert text.count("PSNR falls with stages, by more than 2 paired standard errors: in 16 of 16") == 2
         assert "| cfg 2 x 2 stages | 4 |" in text
         assert (tmp_path / "quality.png").stat().st_size > 10_000
+        assert not (tmp_path / "quality_ranks.png").exists()
         assert len((tmp_path / "summary.csv").read_text().splitlines()) == 1 + 2 * len(SETTINGS)
         assert len((tmp_path / "samples.csv").read_text().splitlines()) == 1 + 2 * 8 * len(SETTINGS)
 
@@ -129,7 +144,7 @@ class TestReport:
         from quality_report import write_report
 
         one = [Row("tiny-sd", CONDITIONS, ONE_RANK, sample, float("inf"), 0.0) for sample in range(8)]
-        write_rows(tmp_path / "samples_0of1.csv", [*one, *patch_rows(patch_settings())])
+        write_rows(tmp_path / "samples_0of1.csv", [*one, *patch_rows(patch_settings([1, 4]))])
         text = write_report(tmp_path)
         assert "| mode | 2 patches, warm-up 1 | 2 patches, warm-up 4 | 4 patches, warm-up 1 | 4 patches, " in text
         assert [line.split("|")[1].strip() for line in text.split("\n\n")[2].splitlines()[2:]] == [
@@ -158,6 +173,32 @@ class TestReport:
         assert "PSNR rises with warm-up, by more than 2 paired standard errors: in 21 of 21" in text
         assert "PSNR rises with the portion, by more than 2 paired standard errors: in 8 of 8" in text
         assert len((tmp_path / "summary.csv").read_text().splitlines()) == 1 + len(SETTINGS) + 22
+
+    def test_ways_stand_side_by_side_on_as_many_gpus(self, tmp_path):
+        from quality_report import write_report
+
+        steps = settings_of([1, 3, 5, 9], STEP_LAYOUTS)[1:]
+        rows = [*rows_of([*SETTINGS, *steps]), *patch_rows(patch_settings([3]))]
+        write_rows(tmp_path / "samples_0of1.csv", rows)
+        text = write_report(tmp_path)
+        tables = text[text.index("on the same number of GPUs") :].split("\n\n")[1:4:2]
+        layouts = [[line.split(" | ")[:2] for line in table.splitlines()[2:]] for table in tables]
+        assert layouts[0] == layouts[1]
+        assert [f"{ranks} {name}" for ranks, name in layouts[0]] == [
+            *("| 2 2 stages", "| 2 2 steps", "| 2 2 patches, full_sync", "| 2 2 patches, corrected_async_gn"),
+            *("| 4 4 stages", "| 4 cfg 2 x 2 stages", "| 4 4 steps", "| 4 cfg 2 x 2 steps"),
+            *("| 4 4 patches, full_sync", "| 4 4 patches, corrected_async_gn"),
+        ]
+        full_sync, asynchronous = (tables[0].splitlines()[2 + at].split(" | ")[2:] for at in (2, 3))
+        assert len({cell.removesuffix(" |") for cell in full_sync}) == 1
+        assert [bool(cell.strip(" |")) for cell in asynchronous] == [False, True, False, False]
+        assert "PSNR of steps at a time is above that of stages on as many ranks, with equal warm-up, " in text
+        for name, number in (("warm-up", 33), ("stages", 16), ("steps at a time", 8)):
+            assert re.search(f"PSNR (rises|falls) with {name}, .*: in {number} of {number} comparisons", text)
+        assert re.search("is above that of stages on .*: in 16 of 16 comparisons", text)
+        assert re.search("is above that of 4 stages or steps, .*: in 8 of 8 comparisons", text)
+        assert "cfg 2 x 2 steps against 2 steps: PSNR differs by at most 0." in text
+        assert (tmp_path / "quality_ranks.png").stat().st_size > 10_000
 
     def test_a_mode_that_is_no_better_is_listed(self, tmp_path):
         from quality_figures import gather
