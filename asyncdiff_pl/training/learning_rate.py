@@ -1,4 +1,7 @@
-"""The learning rate over a run: a linear warm-up, then half a cosine down to nothing (Loshchilov and Hutter, 2017)."""
+"""The learning rate over a run: a linear warm-up, then half a cosine down to nothing (Loshchilov and Hutter, 2017).
+
+Or it stays after the warm-up, as DDPM has it.
+"""
 
 from __future__ import annotations
 
@@ -17,3 +20,13 @@ def warm_up_cosine(step: int, warm_up: int, total: int) -> float:
         return (step + 1) / warm_up
     done = (step - warm_up) / max(1, total - warm_up)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def warm_up_constant(step: int, warm_up: int) -> float:
+    """Factor of the learning rate at one step, 1 after the warm-up.
+
+    Args:
+        step: Number of the step, from 0.
+        warm_up: Steps until the factor is 1.
+    """
+    return min(1.0, (step + 1) / max(1, warm_up))

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from asyncdiff_pl.training.learning_rate import warm_up_cosine
+from asyncdiff_pl.training.learning_rate import warm_up_constant, warm_up_cosine
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with a learning rate that rises at the start and then falls as a cosine, to 0 at `trainer.max_steps`.
+    """AdamW with a learning rate that rises at the start and then falls, or stays.
 
     Args:
         learning_rate: Highest learning rate.
         weight_decay: Decay of matrices and kernels; biases and norms have none.
         beta2: Decay of the mean square of the gradients.
         warm_up: Steps in which the learning rate rises.
+        schedule: What comes then: `cosine` falls to 0 at `trainer.max_steps`, `constant` stays.
     """
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     beta2: float = 0.99
     warm_up: int = 500
+    schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.warm_up < 0:
@@ -53,7 +55,8 @@ class Optimizer:
         ]
         # not fused: Lightning does not clip gradients for such optimizers in mixed precision
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2))
-        schedule = LambdaLR(optimizer, partial(warm_up_cosine, warm_up=self.warm_up, total=total))
+        follow = warm_up_constant if self.schedule == "constant" else partial(warm_up_cosine, total=total)
+        schedule = LambdaLR(optimizer, partial(follow, warm_up=self.warm_up))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
