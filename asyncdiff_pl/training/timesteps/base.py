@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncdiff_pl.training.continuous_noise import spread_uniform
+from asyncdiff_pl.training.discrete_noise import PredictionType
 
 Probe = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`probe(timesteps [N], clean [N, C, H, W], noise [N, C, H, W])` gives the network's loss of each sample [N]: the mean
@@ -44,11 +45,12 @@ class TimestepSampler(nn.Module):
         self.gather: Callable[[Tensor], Tensor] = same
         """All ranks' tensors of one shape [N, ...], joined along the first dimension in the order of ranks."""
 
-    def build(self, alphas_cumprod: Tensor) -> None:
+    def build(self, alphas_cumprod: Tensor, prediction_type: PredictionType = "epsilon") -> None:
         """Makes the buffers, once, before a checkpoint is loaded and before the sampler moves to its device.
 
         Args:
             alphas_cumprod: ᾱ [T], falling.
+            prediction_type: What the network predicts, and the losses are about.
         """
         self.number = len(alphas_cumprod)
 
