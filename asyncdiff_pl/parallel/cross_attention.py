@@ -7,7 +7,6 @@ its attention: the result is that token's value, for all queries.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -17,8 +16,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from asyncdiff_pl.parallel.arguments import Arguments, Inputs
 from asyncdiff_pl.parallel.capture import may_capture
-from asyncdiff_pl.parallel.phases import Inputs, number_format
+from asyncdiff_pl.parallel.phases import number_format
 from asyncdiff_pl.parallel.stages.units import meta_twin
 
 CONTEXT = "encoder_hidden_states"
@@ -99,7 +99,7 @@ class CrossAttentions:
         self._denoiser = denoiser
         self._is_compiled = is_compiled
         self._twin = (twin or meta_twin(denoiser)) if is_compiled or may_capture(capture) else None
-        self._argument_names = list(inspect.signature(forward).parameters)
+        self._arguments = Arguments(forward)
         self._layers: dict[str, tuple[Attention, SteadyAttention]] = {}
         self._kept: dict[Hashable, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._seeing: dict[Hashable, frozenset[str]] = {}
@@ -161,7 +161,7 @@ class CrossAttentions:
         if kind not in self._seeing:
             return
         # scales of adapters among these arguments hold within the denoiser's call alone
-        is_plain = len(inputs) == 1 and not self._argument("cross_attention_kwargs", inputs[0])
+        is_plain = len(inputs) == 1 and not self._arguments.find(inputs[0], "cross_attention_kwargs")
         context = self._context_of(inputs[0]) if is_plain else None
         if context is None:
             for _, processor in self._layers.values():
@@ -209,16 +209,8 @@ class CrossAttentions:
             processor.key, processor.value = kept[name]
 
     def _context_of(self, inputs: Inputs) -> torch.Tensor | None:
-        found = self._argument(CONTEXT, inputs)
+        found = self._arguments.find(inputs, CONTEXT)
         return found if isinstance(found, torch.Tensor) else None
-
-    def _argument(self, name: str, inputs: Inputs) -> Any:
-        """An argument of a call, given by its place or by name; halves of a guidance batch are given by place."""
-        args, kwargs = inputs
-        if name not in self._argument_names:
-            return None
-        position = self._argument_names.index(name)
-        return args[position] if position < len(args) else kwargs.get(name)
 
 
 def _plain_layers(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:

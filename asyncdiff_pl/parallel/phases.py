@@ -11,7 +11,6 @@ that decides here is the same on all ranks of a pipeline, and what may not be is
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from asyncdiff_pl.parallel.arguments import Arguments, Inputs
 from asyncdiff_pl.parallel.capture import (
     CannotCapture,
     Recorder,
@@ -29,9 +29,6 @@ from asyncdiff_pl.parallel.capture import (
     frozen,
     without_cast_cache,
 )
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a denoiser call."""
 
 _ELSEWHERE = "another rank of the pipeline cannot"
 
@@ -132,7 +129,7 @@ class Phases:
         self._device = device
         self._agree = agree
         self._on_refusal = on_refusal
-        self._names = list(inspect.signature(forward).parameters)
+        self._arguments = Arguments(forward)
         self._recorded: dict[Phase, dict[Hashable, _Recorded]] = {}
         self._new: dict[Phase, list[Any]] = {}
 
@@ -200,15 +197,11 @@ class Phases:
 
     def _with_tensor_timestep(self, inputs: Inputs) -> Inputs:
         """Makes a timestep that is a number a tensor, as a denoiser would: a replay would repeat the number."""
-        args, kwargs = inputs
-        position = self._names.index("timestep") if "timestep" in self._names else len(args)
-        given = args[position] if position < len(args) else kwargs.get("timestep")
+        given = self._arguments.find(inputs, "timestep")
         if not isinstance(given, int | float):
             return inputs
         timestep = torch.tensor([given], dtype=torch.float64 if isinstance(given, float) else torch.int64)
-        if position < len(args):
-            return (*args[:position], timestep, *args[position + 1 :]), kwargs
-        return args, kwargs | {"timestep": timestep}
+        return self._arguments.replace(inputs, "timestep", timestep)
 
     def _why_not(self) -> str:
         if torch.is_grad_enabled():
@@ -238,7 +231,7 @@ class Phases:
     def _name(self, path: tuple[Any, ...]) -> str:
         """An argument by name, for its place among the arguments of several calls."""
         _, kind, first, *rest = path
-        name = self._names[first.idx] if kind.idx == 0 else first.key
+        name = self._arguments.names[first.idx] if kind.idx == 0 else first.key
         return name + keystr(tuple(rest))
 
 

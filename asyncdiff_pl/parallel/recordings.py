@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, has_graphs, recorder_for
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.fingerprint import fingerprint
-from asyncdiff_pl.parallel.phases import Body, Inputs, Made, Phase, Phases
+from asyncdiff_pl.parallel.phases import Body, Made, Phase, Phases
 
 
 class Recordable(Protocol):

@@ -20,6 +20,7 @@ from diffusers import UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalC
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.cross_attention import CrossAttentions
 from asyncdiff_pl.parallel.exchange import Exchange
@@ -30,7 +31,7 @@ from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, row_unit, shares
 from asyncdiff_pl.parallel.patches.settings import PatchSettings, Source
 from asyncdiff_pl.parallel.patches.step import PatchStep
 from asyncdiff_pl.parallel.patches.traffic import LocalSwap, RankSwap, Traffic
-from asyncdiff_pl.parallel.phases import Inputs, Made, Phase, Phases
+from asyncdiff_pl.parallel.phases import Made, Phase, Phases
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.units import split_modules
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener

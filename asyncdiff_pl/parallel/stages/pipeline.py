@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.cross_attention import CrossAttentions
 from asyncdiff_pl.parallel.exchange import Exchange, LocalExchange
 from asyncdiff_pl.parallel.guidance import Halves
 from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
-from asyncdiff_pl.parallel.phases import Inputs, Made, Phase, number_format
+from asyncdiff_pl.parallel.phases import Made, Phase, number_format
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import Stream

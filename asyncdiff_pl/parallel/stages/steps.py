@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import join_halves
 from asyncdiff_pl.parallel.layout import Layout
-from asyncdiff_pl.parallel.phases import Inputs, Made
+from asyncdiff_pl.parallel.phases import Made
 from asyncdiff_pl.parallel.stages.call import StageCall, Stream, like
 from asyncdiff_pl.parallel.stages.relay import RelayWorker, check_formats, relay_order
 from asyncdiff_pl.parallel.stages.schedule import StepPlan

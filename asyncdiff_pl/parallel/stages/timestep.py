@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from asyncdiff_pl.parallel.arguments import Arguments
 from asyncdiff_pl.parallel.timetable import upload
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
@@ -33,8 +34,8 @@ def with_timestep(
     assert timesteps is not None
     own = timesteps[trajectory.first_index + trajectory.position]
     other = timesteps[min(trajectory.first_index + step, len(timesteps) - 1)]
-    bound = inspect.signature(forward).bind(*args, **kwargs)
-    given = bound.arguments["timestep"]
+    arguments = Arguments(forward)
+    given = arguments.find((args, kwargs), "timestep")
     if isinstance(given, torch.Tensor):
         near = _on_host(given, trajectory)
         other = other.to(near.device)
@@ -45,8 +46,7 @@ def with_timestep(
         given = upload(other.to(near.dtype).expand(near.shape), given.device)
     else:
         given = type(given)(other.item())
-    bound.arguments["timestep"] = given
-    return bound.args, bound.kwargs
+    return arguments.replace((args, kwargs), "timestep", given)
 
 
 def _on_host(given: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.cross_attention import CrossAttentions
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import Halves, find_latents, join_halves
 from asyncdiff_pl.parallel.hooks import install, uninstall, with_signature
-from asyncdiff_pl.parallel.phases import Inputs, Made, Phase, Phases
+from asyncdiff_pl.parallel.phases import Made, Phase, Phases
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.timestep import without_timestep
 from asyncdiff_pl.parallel.stages.units import split_modules

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map, tree_unflatten
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import find_latents
-from asyncdiff_pl.parallel.phases import Inputs
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.timestep import with_timestep
 from asyncdiff_pl.parallel.steps.calls import Call, Calls, Stream

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import change_batch, find_latents
-from asyncdiff_pl.parallel.phases import Inputs
 from asyncdiff_pl.parallel.steps.calls import Call, Calls, Stream
 from asyncdiff_pl.parallel.time.combination import Combination
 from asyncdiff_pl.parallel.time.settings import share_sizes

@@ -20,10 +20,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from asyncdiff_pl.parallel.arguments import Inputs
 from asyncdiff_pl.parallel.exchange import Exchange
 from asyncdiff_pl.parallel.guidance import find_latents
 from asyncdiff_pl.parallel.layout import Layout
-from asyncdiff_pl.parallel.phases import Inputs
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.settings import CompileMode
 from asyncdiff_pl.parallel.stages.timestep import without_timestep
