@@ -1,9 +1,10 @@
 """Measures how far asynchronous stages take the latents from one rank's, with our cuts and the original AsyncDiff's.
 
-    python scripts/measure_deviation.py --samples 64 --csv_file deviation.csv
+    python scripts/measure_deviation.py measure deviation --shard 0/4   # several on each GPU, all in one folder
+    python scripts/measure_deviation.py merge deviation
 
-Runs tiny-svd (25 steps) and tiny-sd (50 steps) over held-out scenes in every layout, all ranks played in one process,
-and prints a table: the relative deviation |x - y| / |y| of the final latents x from one rank's y, its mean over the
+Runs tiny-svd (25 steps) and tiny-sd (50 steps) over held-out scenes in every layout, all ranks played in one process.
+`merge` prints a table: the relative deviation |x - y| / |y| of the final latents x from one rank's y, its mean over the
 samples with the standard error, and the difference to the original's for as many GPUs, paired by sample.
 
 The original's cuts are lists of blocks for each checkpoint (github.com/czg1225/AsyncDiff). For the smaller UNets here
@@ -17,13 +18,15 @@ import csv
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, StableVideoDiffusionPipeline
 from jsonargparse import auto_cli
+from measure_quality import parse_shard
 from scene_samples import FPS, held_out, load
 from sheets import to_images
 from torch import Tensor
@@ -62,6 +65,7 @@ ORIGINAL = {
     ],
 }
 """The original's cuts for 2 and 4 GPUs."""
+ORIGINAL_NAME = "original AsyncDiff"
 
 
 class Job(NamedTuple):
@@ -82,7 +86,7 @@ def jobs_of(model: str) -> list[Job]:
     """The original's layout and ours, for 2 and 4 GPUs; the original's first."""
     found = []
     for gpus in (2, 4):
-        found.append(Job(gpus, "original AsyncDiff", {"stages": gpus, "cut": ORIGINAL[model, gpus]}))
+        found.append(Job(gpus, ORIGINAL_NAME, {"stages": gpus, "cut": ORIGINAL[model, gpus]}))
         found.append(Job(gpus, f"{gpus} stages", {"stages": gpus}))
         found.append(Job(gpus, f"{gpus} stages, folded", {"stages": gpus, "folded": True}))
     found.insert(3, Job(2, "cfg 2", {"cfg": 2}))
@@ -90,59 +94,143 @@ def jobs_of(model: str) -> list[Job]:
     return found
 
 
-def main(
+class Row(NamedTuple):
+    """One sample in one layout.
+
+    Args:
+        model: Pipeline.
+        steps: Denoising steps.
+        seed: Seed of the noise.
+        gpus: Ranks of the layout.
+        schedule: Its name.
+        sample: Number of the held-out scene.
+        deviation: |x - y| / |y|.
+    """
+
+    model: str
+    steps: int
+    seed: int
+    gpus: int
+    schedule: str
+    sample: int
+    deviation: float
+
+
+def measure(
+    folder: Path,
+    shard: str = "0/1",
     models: Sequence[Literal["tiny-svd", "tiny-sd"]] = ("tiny-svd", "tiny-sd"),
     samples: int = 64,
     svd_steps: int = 25,
     sd_steps: int = 50,
     batch_size: int = 16,
-    csv_file: Path | None = None,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     seed: int = 0,
 ) -> None:
-    """Runs all layouts, and prints a table.
+    """Runs the layouts, and appends each sample's deviation; started again, it goes on where it was.
 
     Args:
+        folder: Where the rows go; all shards share it.
+        shard: `0/4` runs layouts 0, 4, 8 and so on, `1/4` layouts 1, 5, 9.
         models: What is measured.
         samples: Held-out scenes.
         svd_steps: Denoising steps of videos.
         sd_steps: Denoising steps of pictures.
         batch_size: Samples of one call.
-        csv_file: Where each sample's deviation goes, a row for each layout and sample.
         device: Where everything runs.
         seed: Seed of the noise, which is the same in all layouts.
     """
+    index, number = parse_shard(shard)
     torch.backends.cudnn.deterministic = True
-    rows: list[tuple[Any, ...]] = []
-    for model in models:
-        steps = svd_steps if model == "tiny-svd" else sd_steps
-        pipe, run = (videos if model == "tiny-svd" else pictures)(samples, steps, batch_size, device, seed)
-        reference = run()
-        originals: dict[int, Tensor] = {}
-        print(f"\n{model}, {steps} steps, {samples} samples, warm_up {WARM_UP}\n")
-        print("| GPUs | schedule | relative deviation of the latents | less the original's |\n|---|---|---|---|")
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = {"tiny-svd": svd_steps, "tiny-sd": sd_steps}
+    path = folder / f"deviation_{index}of{number}.csv"
+    if path.exists():
+        path.write_text("".join(_whole_lines(path)), encoding="utf-8")
+    there = Counter(row[:5] for row in read_rows(folder))
+    jobs = [(model, job) for model in models for job in jobs_of(model)][index::number]
+    prepared = {}
+    for model, job in jobs:
+        key = (model, steps[model], seed, job.gpus, job.name)
+        if there[key] >= samples:
+            continue
+        if model not in prepared:
+            pipe, run = (videos if model == "tiny-svd" else pictures)(samples, steps[model], batch_size, device, seed)
+            prepared[model] = pipe, run, run()
+        pipe, run, reference = prepared[model]
+        started = time.perf_counter()
+        handle = parallelize(pipe, warm_up=WARM_UP, simulate=True, **job.settings)
+        try:
+            latents = run()
+        finally:
+            handle.remove()
+        own = deviations(latents, reference).tolist()
+        write_rows(path, [Row(*key, at, x) for at, x in enumerate(own)])
+        seconds = time.perf_counter() - started
+        print(f"{model}, {job.gpus} GPUs, {job.name}: {sum(own) / samples:.4f}, {seconds:.0f} s", flush=True)
+
+
+def merge(folder: Path) -> None:
+    """Prints a table for each model, and writes deviation.md and deviation.csv; needs neither models nor a GPU.
+
+    Args:
+        folder: Where the rows are.
+    """
+    rows = {row[:-1]: row for row in read_rows(folder)}
+    if not rows:
+        raise ValueError(f"{folder} holds no deviation_*of*.csv with rows; run `measure` into it first.")
+    text = "\n".join(tables(rows.values()))
+    (folder / "deviation.md").write_text(text + "\n", encoding="utf-8")
+    (folder / "deviation.csv").unlink(missing_ok=True)
+    write_rows(folder / "deviation.csv", sorted(rows.values()))
+    print(text)
+
+
+def tables(rows: Iterable[Row]) -> list[str]:
+    """Lines of a table for each model, each layout beside the original's for as many GPUs."""
+    found: dict[tuple[Any, ...], dict[tuple[int, str], list[Row]]] = {}
+    for row in sorted(rows):
+        found.setdefault((row.model, row.steps, row.seed), {}).setdefault((row.gpus, row.schedule), []).append(row)
+    lines = []
+    for (model, steps, _), layouts in found.items():
+        # a layout whose last sample is not there yet is not shown
+        samples = max(map(len, layouts.values()))
+        own = {key: torch.tensor([row.deviation for row in of]) for key, of in layouts.items() if len(of) == samples}
+        lines += ["", f"{model}, {steps} steps, {samples} samples, warm_up {WARM_UP}", ""]
+        lines += ["| GPUs | schedule | relative deviation of the latents | less the original's |", "|---|---|---|---|"]
         for job in jobs_of(model):
-            started = time.perf_counter()
-            handle = parallelize(pipe, warm_up=WARM_UP, simulate=True, **job.settings)
-            try:
-                latents = run()
-            finally:
-                handle.remove()
-            own = deviations(latents, reference)
-            told = ""
-            if job.gpus in originals:
-                less = paired_difference(own, originals[job.gpus])
+            key, original = (job.gpus, job.name), (job.gpus, ORIGINAL_NAME)
+            if key not in own:
+                continue
+            value, told = mean_with_error(own[key]), ""
+            if key != original and original in own:
+                less = paired_difference(own[key], own[original])
                 told = f"{less.value:+.4f} ± {less.standard_error:.4f}"
-            originals.setdefault(job.gpus, own)
-            value = mean_with_error(own)
-            print(f"| {job.gpus} | {job.name} | {value.value:.4f} ± {value.standard_error:.4f} | {told} |", flush=True)
-            print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
-            rows += [(model, steps, seed, job.gpus, job.name, at, f"{x:.6f}") for at, x in enumerate(own.tolist())]
-    if csv_file is not None:
-        with csv_file.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("model", "steps", "seed", "gpus", "schedule", "sample", "deviation"))
-            writer.writerows(rows)
+            lines.append(f"| {job.gpus} | {job.name} | {value.value:.4f} ± {value.standard_error:.4f} | {told} |")
+    return lines
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Appends rows to a CSV file, with a header if it is new."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(Row._fields)
+        writer.writerows((*row[:-1], f"{row.deviation:.6f}") for row in rows)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Rows of all shards; a line that was cut off is left out."""
+    rows = []
+    for path in sorted(folder.glob("deviation_*of*.csv")):
+        for model, steps, seed, gpus, schedule, sample, deviation in list(csv.reader(_whole_lines(path)))[1:]:
+            rows.append(Row(model, int(steps), int(seed), int(gpus), schedule, int(sample), float(deviation)))
+    return rows
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def deviations(latents: Tensor, reference: Tensor) -> Tensor:
@@ -206,5 +294,13 @@ def _all(call: Callable[[slice, list[torch.Generator]], Tensor], samples: int, b
     return torch.cat(found)
 
 
+def main() -> None:
+    """Runs one of the commands; bad input is told in one line."""
+    try:
+        auto_cli([measure, merge], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    main()
