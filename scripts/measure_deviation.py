@@ -27,7 +27,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableVideoDiffusionPipeline
 from jsonargparse import auto_cli
 from measure_quality import parse_shard
-from scene_samples import FPS, held_out, load
+from scene_samples import FPS, compute_exactly, held_out, load
 from sheets import to_images
 from torch import Tensor
 
@@ -141,7 +141,7 @@ def measure(
         seed: Seed of the noise, which is the same in all layouts.
     """
     index, number = parse_shard(shard)
-    torch.backends.cudnn.deterministic = True
+    compute_exactly()
     folder.mkdir(parents=True, exist_ok=True)
     steps = {"tiny-svd": svd_steps, "tiny-sd": sd_steps}
     path = folder / f"deviation_{index}of{number}.csv"

@@ -36,7 +36,7 @@ from quality_rows import (
     settings_of,
     write_rows,
 )
-from scene_samples import PerSceneMotion, Scorer, generate_pictures, generate_videos, held_out, load
+from scene_samples import PerSceneMotion, Scorer, compute_exactly, generate_pictures, generate_videos, held_out, load
 from torch import Tensor
 
 from asyncdiff_pl.metrics.psnr import psnr
@@ -89,7 +89,7 @@ def measure(
         seed: Seed of the noise, which is the same in all settings.
     """
     index, number = parse_shard(shard)
-    torch.backends.cudnn.deterministic = True
+    compute_exactly()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"samples_{index}of{number}.csv"
     conditions = Conditions(steps, seed, dtype)

@@ -78,6 +78,13 @@ def held_out(
 # -- pipelines --------------------------------------------------------------------------------------------------------
 
 
+def compute_exactly() -> None:
+    """Has float32 computed as float32, where a GPU would round to TF32, and the same again each time."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 class PerSceneMotion(StableVideoDiffusionPipeline):
     """Takes a list as `motion_bucket_id`, one number for each image of a call; all else is as in diffusers."""
 
