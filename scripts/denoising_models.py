@@ -194,7 +194,7 @@ class Denoising:
         if not self._is_class_conditional:
             return self.denoiser(given, timestep, **self._conditions)[0]
         # DiT is told a timestep for each picture, and what it has learned of the variance has no use in DDIM
-        return self.denoiser(given, timestep.expand(len(given)), **self._conditions)[0][:, : given.shape[1]]
+        return self.denoiser(given, timestep.repeat(len(given)), **self._conditions)[0][:, : given.shape[1]]
 
     @torch.no_grad()
     def whole(self, steps: int) -> float:

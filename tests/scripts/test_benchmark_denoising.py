@@ -1,12 +1,6 @@
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
-import benchmark_denoising
 import pytest
 import torch
 from denoising_jobs import PLAIN, Job, parse, plan, short_run, sized
@@ -14,11 +8,10 @@ from denoising_models import FULL, TINY, Denoising
 from denoising_ranks import Clock
 from denoising_report import COLUMNS, Table, compare_layouts, line, newest, plot, read_rows
 from denoising_times import Marks, Run, figures, figures_of_rounds, relative_deviation
+from script_ranks import run_on_two
 
 from asyncdiff_pl.parallel import Layout, parallelize
 from asyncdiff_pl.parallel.stages.schedule import plan_step
-
-SCRIPTS = Path(benchmark_denoising.__file__).parent
 
 
 def row(layout="1", gpus=1, loop_s=10.0, **figures):
@@ -316,34 +309,10 @@ script.main()
 
 
 def test_two_ranks_one_of_which_fails_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    options = (
-        "--tiny --models sd21 sdxl --layouts 2x1 2 steps2 --balance measured --repeats 1 --device cpu --seconds 140"
-    )
-    options += " --csv rows.csv --plot rows.png"
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    world |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILS_ONCE, *options.split()],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=170) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    options = "--tiny --models sd21 sdxl --layouts 2x1 2 steps2 --balance measured --repeats 1"
+    said = run_on_two(FAILS_ONCE, f"{options} --csv rows.csv --plot rows.png", tmp_path)
     rows = read_rows(tmp_path / "rows.csv")
-    assert said[0][0].splitlines()[2:] == [line(found) for found in rows]
+    assert said[0].splitlines()[2:] == [line(found) for found in rows]
     plain, halves, stages, steps, failed, *after = rows
     assert [found["model"] for found in rows] == ["tiny sd21"] * 4 + ["tiny sdxl"] * 4
     assert all(found["loop_s"] > 0 and found["deviation"] >= 0 and found["over_eager"] > 0 for found in rows[:4])
