@@ -32,6 +32,7 @@ CALLBACKS = {
     "device_stats": callbacks.DeviceStats,
     "traffic": callbacks.Traffic,
     "solver": callbacks.SolverProgress,
+    "trajectories": callbacks.TrajectoryWriter,
     "frame_writer": callbacks.FrameWriter,
     "results": callbacks.Results,
     "progress_bar": callbacks.DiffusionProgressBar,
