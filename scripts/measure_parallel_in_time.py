@@ -130,7 +130,8 @@ def prepare(model: str, dtype: str, samples: int, device: torch.device | str) ->
     else:
         pipe = load(DiTPipeline, model, "float32", device)
         argument, conditions = "class_labels", [index % len(CLASS_NAMES) for index in range(samples)]
-    pipe.to(getattr(torch, dtype))
+    if dtype != "float32":
+        pipe.to(getattr(torch, dtype))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     return pipe, lambda guidance, steps, seed: generate_pictures(
         pipe, argument, conditions, guidance, steps, samples, seed
