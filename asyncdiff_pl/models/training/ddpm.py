@@ -95,8 +95,9 @@ class DDPM(NetworkTraining):
         own = {"trained_betas": variances.tolist()}
         if beta_schedule in DIFFUSERS_SCHEDULES:
             own = {"beta_schedule": DIFFUSERS_SCHEDULES[beta_schedule], "beta_start": beta_start, "beta_end": beta_end}
+        # by name: diffusers takes what is given by place for defaults, which other schedulers made of it do not share
         self.scheduler = DDPMScheduler(
-            num_timesteps, prediction_type=prediction_type, variance_type=variance, clip_sample=True, **own
+            num_train_timesteps=num_timesteps, prediction_type=prediction_type, variance_type=variance, **own
         )
         self.timesteps = timesteps or UniformTimesteps()
         self.timesteps.build(levels, prediction_type)
@@ -191,7 +192,9 @@ class DDPM(NetworkTraining):
 
     def pipeline(self) -> UnconditionalPipeline:
         """The pipeline of the network as it is now: DDIM's steps."""
-        return UnconditionalPipeline(self.network, self.scheduler)
+        pipeline = UnconditionalPipeline(self.network, self.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @override
     def pictures(self, batch: Batch) -> Tensor | None:
