@@ -19,10 +19,9 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Iterable
 from typing import Any
 
-from denoising_bench import Bench, measure_all, refuse
+from denoising_bench import Bench, measure_all, most, refuse
 from denoising_jobs import Job, parse, plan, short_run, sized
 from denoising_models import FULL, TINY, Denoising, Kind
 from denoising_ranks import World
@@ -127,7 +126,7 @@ class LayoutBench(Bench):
             sender = shards or handle
             sent = {"sent_mib": sender.bytes_per_step / MIB if sender else 0.0}
             ranks = world.gather(own | sent)[: job.ranks]
-            row |= {name: _most(rank[name] for rank in ranks) for name in own}
+            row |= {name: most(rank[name] for rank in ranks) for name in own}
             if handle is not None:
                 row |= _describe(handle, job.layout)
             if shards is not None:
@@ -213,10 +212,6 @@ def _describe(handle: Parallel, layout: Layout) -> Row:
             shares[unit.stage] += unit.share
         found |= {"slowest_share": max(shares), "fastest_share": min(shares)}
     return found
-
-
-def _most(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
 
 
 def _draw(options: argparse.Namespace) -> None:

@@ -15,8 +15,9 @@ evaluates all others again. A sample that converges finishes several at a time a
 upper bounds for so many iterations (`denoiser_calls`). With `--iterations` of all steps but one the result is that of
 one step after the other.
 
-The first loop of a row, in which every size of a batch is compiled and captured, is not timed. Fewer ranks than there
-are run several times side by side; rank 0 tells of its own. `--tiny` takes tiny models, which a CPU can run.
+The first loop of a row, in which every size of a batch is compiled and captured, is not timed; ParaTAA has a few sizes,
+and compiling takes its time for each. Fewer ranks than there are run several times side by side; rank 0 tells of its
+own. `--tiny` takes tiny models, which a CPU can run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 import yaml
-from denoising_bench import Bench, measure_all, refuse
+from denoising_bench import Bench, measure_all, most, refuse
 from denoising_jobs import PLAIN, Job, short_run
 from denoising_models import Denoising, Kind
 from denoising_report import Row, Table
@@ -214,7 +215,7 @@ class TimeBench(Bench):
             row = {"setup_s": setup, "loop_s": statistics.median(run.seconds for run in runs)}
             own = {"peak_gib": world.peak(), "sent_mib": handle.bytes_per_step / MIB if handle else 0.0}
             ranks = world.gather(own)[: job.ranks]
-            row |= {"peak_gib": max((rank["peak_gib"] or 0.0 for rank in ranks), default=None) or None}
+            row["peak_gib"] = most(rank["peak_gib"] for rank in ranks)
             if handle is not None:
                 row |= {"graphs": handle.num_graphs, "refusal": handle.capture_refusal}
             if isinstance(job, SolverJob):
@@ -266,16 +267,12 @@ def figures_of_solving(runs: list[Run], iterations: int) -> Row:
         runs: The loops.
         iterations: Iterations of each.
     """
-
-    def middle(times: Iterable[float]) -> float:
-        return statistics.median(times)
-
-    solving = middle(run.denoiser_ms[1] for run in runs)
+    solving = statistics.median(run.denoiser_ms[1] for run in runs)
     return {
-        "exact_step_ms": middle(run.steps_ms[0] for run in runs),
+        "exact_step_ms": statistics.median(run.steps_ms[0] for run in runs),
         "solving_ms": solving,
         "iteration_ms": solving / iterations,
-        "later_step_ms": middle(statistics.fmean(run.steps_ms[2:]) for run in runs),
+        "later_step_ms": statistics.median(statistics.fmean(run.steps_ms[2:]) for run in runs),
         "timed_loops": len(runs),
     }
 

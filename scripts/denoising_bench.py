@@ -169,6 +169,11 @@ def measure_all(
         at_end()
 
 
+def most(values: Iterable[float | None]) -> float | None:
+    """The largest of those that were measured; None if none was."""
+    return max((value for value in values if value is not None), default=None)
+
+
 def refuse(error: ValueError, rank: int) -> NoReturn:
     """Ends the command with a sentence, said by the first rank."""
     if rank:
