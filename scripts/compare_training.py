@@ -1,7 +1,7 @@
 """Compares ways to choose and weigh timesteps at equal wall-clock time: distance from real pictures against minutes.
 
-    python scripts/compare_training.py measure --data data/cifar10 --output comparison --gpus 4
-    python scripts/compare_training.py report --output comparison
+    python scripts/compare_training.py measure comparison data/cifar10 --gpus 4
+    python scripts/compare_training.py report comparison
 
 Each run trains `asyncdiff_pl.models.training.DDPM` in a Lightning Trainer, as `fit` does. The clock runs over training
 steps with all that a method does in them; it begins after some steps, in which things are compiled, and stands still

@@ -7,6 +7,7 @@ from asyncdiff_pl.callbacks.export import ExportWeights
 from asyncdiff_pl.callbacks.frame_writer import FrameWriter
 from asyncdiff_pl.callbacks.frechet_distance import FrechetDistance
 from asyncdiff_pl.callbacks.picture_archive import PictureArchive
+from asyncdiff_pl.callbacks.precision_recall import PrecisionRecall
 from asyncdiff_pl.callbacks.progress import DiffusionProgressBar
 from asyncdiff_pl.callbacks.reference_metrics import ReferenceMetrics
 from asyncdiff_pl.callbacks.results import Results
@@ -25,6 +26,7 @@ __all__ = [
     "FrameWriter",
     "FrechetDistance",
     "PictureArchive",
+    "PrecisionRecall",
     "ReferenceMetrics",
     "Results",
     "SolverProgress",

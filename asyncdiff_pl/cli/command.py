@@ -28,6 +28,7 @@ CALLBACKS = {
     "clip_score": callbacks.CLIPScore,
     "reference_metrics": callbacks.ReferenceMetrics,
     "frechet_distance": callbacks.FrechetDistance,
+    "precision_recall": callbacks.PrecisionRecall,
     "step_latency": callbacks.StepLatency,
     "device_stats": callbacks.DeviceStats,
     "traffic": callbacks.Traffic,
