@@ -200,6 +200,7 @@ def measure(
             accelerator="auto",
             devices=1,
             precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
+            benchmark=True,
             max_steps=FOREVER,
             gradient_clip_val=1.0,
             callbacks=[average, Clock(minutes, free_steps, at_mark)],
@@ -341,8 +342,8 @@ def report(output: Path) -> None:
 
 
 def against(own: dict[str, float], other: dict[str, float]) -> str:
-    """Whether each seed of one method beats each of another: a win is claimed only then."""
-    if not own or not other or own == other:
+    """Whether each seed of one method, of two or more, beats each of another: a win is claimed only then."""
+    if min(len(own), len(other)) < 2 or own == other:
         return ""
     if max(own.values()) < min(other.values()):
         return "each seed better"
