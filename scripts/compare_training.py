@@ -360,6 +360,7 @@ def _cell(values: dict[str, float]) -> str:
 
 def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=130)
     for number, (name, marks) in enumerate(sorted(found.items())):
@@ -371,6 +372,8 @@ def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Pat
     axes.set_xlabel("minutes of training")
     axes.set_ylabel(title)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
     figure.tight_layout()
