@@ -2,6 +2,7 @@ import io
 import sys
 
 import pytest
+from lightning.pytorch import Callback
 
 from asyncdiff_pl.callbacks import DiffusionProgressBar, Results, progress
 from asyncdiff_pl.callbacks.progress import Measured, Pace
@@ -33,6 +34,22 @@ def test_a_terminal_shows_the_step_in_work_and_the_time_left(run, tiny_predictor
     assert "00:00 left" in text
     assert "3/3" in text
     assert "(4 steps)" not in text
+
+
+class Solver(Callback):
+    def on_predict_batch_end(self, trainer, *_):
+        trainer.progress_bar_callback.tell("iteration 3")
+
+
+def test_a_long_step_is_told_without_times_that_nobody_knows(run, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run([DiffusionProgressBar(refresh_seconds=0), Solver()], bar=True)
+    assert "iteration 3]" in terminal.getvalue()
+    # and is not in the way of a log file
+    monkeypatch.setattr(sys, "stdout", log := io.StringIO())
+    run([DiffusionProgressBar(refresh_seconds=0), Solver()], bar=True)
+    assert "iteration 3" not in log.getvalue()
 
 
 class Late:
