@@ -19,7 +19,7 @@ from asyncdiff_pl.callbacks.training_state import CHECKPOINT
 from asyncdiff_pl.cli.help import FIT, PREDICT, explain, sections
 from asyncdiff_pl.cli.messages import one_sentence
 from asyncdiff_pl.data.scene_clips import SceneClips
-from asyncdiff_pl.models.training import VideoDenoiserTraining
+from asyncdiff_pl.models.training import DDPM, VideoDenoiserTraining
 from asyncdiff_pl.models.training.optimizer import check_steps
 from asyncdiff_pl.report.dry_run import describe_run
 from asyncdiff_pl.strategies.base import picture_size
@@ -49,8 +49,8 @@ SETTINGS = {
 """Classes whose settings `predict --help` explains, by where they stand in a config."""
 
 OTHERS = {
-    "model": [models.PipelinePredictor],
-    "data": [data.PromptFile, data.ClassLabels],
+    "model": [models.PipelinePredictor, models.UnconditionalPredictor],
+    "data": [data.PromptFile, data.ClassLabels, data.Unconditional],
     "trainer.strategy": [strategies.PatchStrategy, strategies.StepParallelStrategy, strategies.TimeParallelStrategy],
 }
 """Classes that may stand there in their place: `predict --help` explains what settings they have beyond the first's."""
@@ -66,7 +66,13 @@ TRAINING_CALLBACKS = {
 TRAINING_SETTINGS = {"model": VideoDenoiserTraining, "data": SceneClips, **TRAINING_CALLBACKS}
 """Classes whose settings `fit --help` explains."""
 
-EXPLAINED = {PREDICT.usage: (PREDICT, SETTINGS, OTHERS), FIT.usage: (FIT, TRAINING_SETTINGS, {})}
+TRAINING_OTHERS = {"model": [DDPM], "data": [data.Cifar10]}
+"""Classes that may stand there in their place, likewise."""
+
+EXPLAINED = {
+    PREDICT.usage: (PREDICT, SETTINGS, OTHERS),
+    FIT.usage: (FIT, TRAINING_SETTINGS, TRAINING_OTHERS),
+}
 """What the help of each subcommand is made of, by its usage."""
 
 

@@ -53,10 +53,10 @@ and times to a log folder. Every setting below can stand in the config, and on t
         *("inference_mode", "profiler", "plugins", "default_root_dir"),
     ),
     hints={
-        "model": "another class: --model PipelinePredictor (below) or my_module.MyPredictor; all its settings: "
-        "--model.help CLASS",
-        "data": "another class: --data PromptFile, ClassLabels (below) or my_module.MyData; all its settings: "
-        "--data.help CLASS",
+        "model": "another class: --model PipelinePredictor, UnconditionalPredictor (below) or my_module.MyPredictor; "
+        "all its settings: --model.help CLASS",
+        "data": "another class: --data PromptFile, ClassLabels, Unconditional (below) or my_module.MyData; all its "
+        "settings: --data.help CLASS",
         "trainer.strategy": "another class: --trainer.strategy PatchStrategy, StepParallelStrategy, "
         "TimeParallelStrategy (below) or my_module.MyStrategy; on all devices one sample each: --trainer.strategy ddp",
     },
@@ -78,9 +78,9 @@ and on the command line after it.""",
         *("plugins", "sync_batchnorm", "default_root_dir"),
     ),
     hints={
-        "model": "another class: --model DDPM, AutoencoderTraining, CLIPTraining, ImageDenoiserTraining, "
-        "ClassDenoiserTraining or my_module.MyTraining; its settings: --model.help CLASS",
-        "data": "another class: --data Cifar10 or my_module.MyData; its settings: --data.help CLASS",
+        "model": "another class: --model DDPM (below), AutoencoderTraining, CLIPTraining, "
+        "ImageDenoiserTraining, ClassDenoiserTraining or my_module.MyTraining; its settings: --model.help CLASS",
+        "data": "another class: --data Cifar10 (below) or my_module.MyData; its settings: --data.help CLASS",
     },
     configs=TRAINING,
 )
@@ -169,6 +169,12 @@ def _shared(place: str, kind: type, seen: Collection[str]) -> str:
     shown = []
     for name, default in _defaults(place, kind).items():
         if name in seen:
-            value = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-            shown.append(f"{name} {'required' if name in required else value}")
+            shown.append(f"{name} {'required' if name in required else _as_yaml(default)}")
     return f"--{place} {kind.__name__}; as above, with these defaults: {', '.join(shown)}; and beyond them:"
+
+
+def _as_yaml(value: object) -> str:
+    """A default as it would stand in a config."""
+    if isinstance(value, argparse.Namespace):
+        return f"{{{', '.join(f'{name}: {_as_yaml(entry)}' for name, entry in vars(value).items())}}}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
