@@ -16,29 +16,21 @@ ranks than there are runs several times side by side; rank 0 tells of its own. O
 from __future__ import annotations
 
 import argparse
-import gc
 import os
-import shlex
 import statistics
-import sys
 import time
-import traceback
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
+from denoising_bench import Bench, measure_all, most, refuse
 from denoising_jobs import Job, parse, plan, short_run, sized
-from denoising_models import FULL, TINY, Denoising
-from denoising_ranks import Clock, RankFailed, World
+from denoising_models import FULL, TINY, Denoising, Kind
+from denoising_ranks import World
 from denoising_report import Row, Table, plot, read_rows
 from denoising_tensor_parallel import TensorParallel, tensor_mesh
-from denoising_times import Marks, Run, figures, figures_of_rounds, relative_deviation
+from denoising_times import figures, figures_of_rounds, relative_deviation
 from torch.distributed.device_mesh import DeviceMesh
 
-from asyncdiff_pl.callbacks.device_stats import device_name
-from asyncdiff_pl.parallel import Groups, Layout, Parallel
+from asyncdiff_pl.parallel import Layout, Parallel
 from asyncdiff_pl.processes import die_with_parent
 
 MIB = 2**20
@@ -57,79 +49,32 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(f"There is no whole pipeline of a tiny {name}; leave out --whole-pipeline.")
         table = Table(options.csv)
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")):
-            # torchrun ends all ranks with the first: that one speaks
-            time.sleep(5)
-        sys.exit(f"error: {error}")
-    world = World(options.device, ranks)
-    clock = Clock(options.seconds, world, lambda: _draw(options))
-    try:
-        bench = Bench(world, options)
-        for name in options.models:
-            bench.measure_model(name, jobs, table)
-        world.gather(None)
-    except RuntimeError:
-        if not clock.is_over:
-            raise
-        # another rank has left already, and this one is about to
-        clock.wait()
-    clock.stop()
-    world.close()
-    if world.rank == 0:
-        _draw(options)
+        refuse(error, int(os.environ.get("RANK", "0")))
+    measure_all(LayoutBench, options, ranks, jobs, table, lambda: _draw(options))
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 
-class Bench:
-    """Measures rows.
-
-    Args:
-        world: The ranks.
-        options: The command's.
-    """
+class LayoutBench(Bench):
+    """Measures layouts."""
 
     def __init__(self, world: World, options: argparse.Namespace) -> None:
-        self.world, self.options = world, options
-        self.dtype = torch.float16 if world.device.type == "cuda" else torch.float32
-        self._groups: dict[Layout, Groups] = {}
+        super().__init__(world, options)
         self._meshes: dict[tuple[int, int], DeviceMesh] = {}
-        self._reference: torch.Tensor | None = None
-        name = device_name(world.device)
-        self._about = {
-            "machine": f"{world.size} x {name}",
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "command": _command(world.size),
-        }
 
-    def measure_model(self, name: str, jobs: Iterable[Job], table: Table) -> None:
-        """Measures one model in all settings; a row that fails leaves the others alone."""
-        kind = sized((TINY if self.options.tiny else FULL)[name], self.options.latents, self.options.half_batch)
-        self._reference = None
-        model: Denoising | None = None
-        for job in jobs:
-            started = time.perf_counter()
-            try:
-                # after a failure nobody knows what is left on the denoiser
-                model = model or Denoising(kind, self.world.device, self.dtype, self.options.whole_pipeline is not None)
-                found = self._measure(model, job)
-                self.world.gather(None)
-            except RankFailed as error:
-                model, found = None, {"failure": str(error)}
-            except Exception as error:
-                text = " ".join("".join(traceback.format_exception_only(error)).split())[:300]
-                print(f"rank {self.world.rank}: {name}, {job}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                model, found = None, {"failure": self.world.tell_failure(text)}
-            if self.world.rank == 0:
-                table.add(self._row(name, job, kind.steps, found) | {"row_s": time.perf_counter() - started})
-        del model
-        self._empty()
+    def kind(self, name: str) -> Kind:
+        """A model in the size that is asked for."""
+        return sized((TINY if self.options.tiny else FULL)[name], self.options.latents, self.options.half_batch)
 
-    def _row(self, name: str, job: Job, own_steps: int, found: Row) -> Row:
+    def build(self, kind: Kind) -> Denoising:
+        """Builds a model, and its pipeline if that is asked for."""
+        return Denoising(kind, self.world.device, self.dtype, self.options.whole_pipeline is not None)
+
+    def describe(self, name: str, job: Job, kind: Kind) -> Row:
+        """Model, layout and setting."""
         layout, options = job.layout, self.options
-        row = {
+        return {
             "model": " ".join(
                 ["tiny"] * options.tiny
                 + [name]
@@ -145,7 +90,7 @@ class Bench:
             "tensor": job.tensor,
             "steps_at_a_time": layout.steps,
             "cfg": layout.cfg,
-            "steps": options.steps or own_steps,
+            "steps": options.steps or kind.steps,
             "warm_up": options.warm_up if job.is_asynchronous else None,
             "compile": job.compile,
             "capture": "on" if job.capture else "off",
@@ -153,17 +98,14 @@ class Bench:
             "warm_up_mode": job.warm_up_mode if layout.stages > 1 else None,
             "is_plain": int(job.is_plain),
         }
-        return row | found | self._about
 
-    def _measure(self, model: Denoising, job: Job) -> Row:
+    def measure(self, model: Denoising, job: Job) -> Row:
         """Runs one row; every rank gets the figures of rank 0's pipeline."""
         options, world = self.options, self.world
         steps = options.steps or model.kind.steps
         # a rank in relay, or with a share of each layer, never holds the weights of the others
         model.denoiser.to("cpu" if job.warm_up_mode == "relay" or job.tensor > 1 else world.device)
-        self._empty()
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        self.begin()
         started = time.perf_counter()
         shards = self._split(model, job) if job.tensor > 1 else None
         handle = None if job.is_plain else self._install(model, job)
@@ -171,7 +113,7 @@ class Bench:
             model.loop(short_run(steps, options.warm_up, job.layout.steps))
             world.synchronize()
             setup = time.perf_counter() - started
-            runs, latents = self._timed(model, handle, steps)
+            runs, latents = self.timed(model, handle, steps)
             exact = handle.exact_steps if handle and job.is_asynchronous else steps
             if job.layout.steps > 1:
                 row = figures_of_rounds(runs, options.warm_up, job.layout.steps)
@@ -184,7 +126,7 @@ class Bench:
             sender = shards or handle
             sent = {"sent_mib": sender.bytes_per_step / MIB if sender else 0.0}
             ranks = world.gather(own | sent)[: job.ranks]
-            row |= {name: _most(rank[name] for rank in ranks) for name in own}
+            row |= {name: most(rank[name] for rank in ranks) for name in own}
             if handle is not None:
                 row |= _describe(handle, job.layout)
             if shards is not None:
@@ -195,9 +137,9 @@ class Bench:
             if row["exposed_ms"] is None and row["slowest_ms"] is not None:
                 row["exposed_ms"] = row["asynchronous_step_ms"] - row["slowest_ms"]
             if job.is_plain:
-                self._reference = latents
-            if self._reference is not None:
-                row["deviation"] = relative_deviation(latents, self._reference)
+                self.reference = latents
+            if self.reference is not None:
+                row["deviation"] = relative_deviation(latents, self.reference)
             wanted = options.whole_pipeline
             if wanted is not None and (job.is_plain or not wanted or job.name in wanted):
                 row["pipeline_s"] = self._whole(model, steps, job.layout.steps)
@@ -218,12 +160,7 @@ class Bench:
         return shards
 
     def _install(self, model: Denoising, job: Job) -> Parallel:
-        layout, groups = job.layout, None
-        if layout.pipeline_ranks > 1:
-            if layout not in self._groups:
-                # communicators are dear: each layout's are made once
-                self._groups[layout] = Groups.build(layout.over(self.world.size))
-            groups = self._groups[layout]
+        layout = job.layout
         if layout.patches > 1:
             settings: dict[str, Any] = {
                 "patches": layout.patches,
@@ -242,32 +179,8 @@ class Bench:
                 "warm_up_mode": job.warm_up_mode,
                 "folded": job.folded,
             }
-        return model.install(groups, cfg=layout.cfg, warm_up=self.options.warm_up, capture=job.capture, **settings)
-
-    def _timed(self, model: Denoising, handle: Parallel | None, steps: int) -> tuple[list[Run], torch.Tensor]:
-        """Timed loops, and the latents of the last one; one in which a graph was recorded is run again."""
-        runs: list[Run] = []
-        spent, tries = 0.0, 0
-        while True:
-            graphs = handle.num_graphs if handle else 0
-            run, latents = self._timed_run(model, steps)
-            tries += 1
-            # all ranks stop after the same loop
-            told = self.world.gather((handle is not None and handle.num_graphs > graphs, run.seconds))
-            spent += max(seconds for _, seconds in told)
-            if not any(is_new for is_new, _ in told) or tries > self.options.repeats:
-                runs.append(run)
-            if runs and (len(runs) >= self.options.repeats or spent > self.options.patience):
-                return runs, latents
-
-    def _timed_run(self, model: Denoising, steps: int) -> tuple[Run, torch.Tensor]:
-        marks = Marks(self.world.device)
-        self.world.gather(None)
-        self.world.synchronize()
-        started = time.perf_counter()
-        latents = model.loop(steps, marks.add)
-        self.world.synchronize()
-        return marks.read(time.perf_counter() - started), latents
+        common = {"cfg": layout.cfg, "warm_up": self.options.warm_up, "capture": job.capture}
+        return model.install(self.groups_of(layout), **common, **settings)
 
     def _whole(self, model: Denoising, steps: int, at_a_time: int) -> float:
         """Seconds of the whole pipeline: the median of calls after a short one."""
@@ -280,11 +193,6 @@ class Bench:
             return statistics.median(seconds)
         finally:
             model.put_away()
-
-    def _empty(self) -> None:
-        gc.collect()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -306,18 +214,9 @@ def _describe(handle: Parallel, layout: Layout) -> Row:
     return found
 
 
-def _most(values: Iterable[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
-
-
 def _draw(options: argparse.Namespace) -> None:
     if options.plot is not None and options.csv.exists():
         plot(read_rows(options.csv), options.plot)
-
-
-def _command(ranks: int) -> str:
-    start = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
-    return f"{start} scripts/{Path(__file__).name} {shlex.join(sys.argv[1:])}"
 
 
 if __name__ == "__main__":

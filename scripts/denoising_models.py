@@ -134,6 +134,7 @@ class Denoising:
 
         self._noise = draw(1, *kind.latents)
         config = self.denoiser.config
+        self._is_class_conditional = "num_embeds_ada_norm" in config and "cross_attention_dim" not in config
         # latents of the picture that a video starts from stand beside its own
         is_animated_picture = config["in_channels"] == 2 * config["out_channels"]
         self._picture = draw(2, *kind.latents) if is_animated_picture else None
@@ -179,7 +180,7 @@ class Denoising:
             if self._picture is not None:
                 given = torch.cat([given, self._picture], dim=2)
             mark()
-            estimate = self.denoiser(given, timestep, **self._conditions)[0]
+            estimate = self._ask(given, timestep)
             mark()
             if not self.kind.is_half:
                 unguided, guided = estimate.chunk(2)
@@ -187,6 +188,13 @@ class Denoising:
             latents = scheduler.step(estimate, timestep, latents, return_dict=False)[0]
             mark()
         return latents
+
+    def _ask(self, given: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The denoiser's estimate."""
+        if not self._is_class_conditional:
+            return self.denoiser(given, timestep, **self._conditions)[0]
+        # DiT is told a timestep for each picture, and what it has learned of the variance has no use in DDIM
+        return self.denoiser(given, timestep.repeat(len(given)), **self._conditions)[0][:, : given.shape[1]]
 
     @torch.no_grad()
     def whole(self, steps: int) -> float:
@@ -208,6 +216,11 @@ class Denoising:
     def _make_conditions(self, draw: Callable[..., torch.Tensor]) -> dict[str, Any]:
         """What pipelines tell the denoiser besides latents and timestep."""
         config, like = self.denoiser.config, self._noise
+        if self._is_class_conditional:
+            # the class after the last one is none
+            classes = config["num_embeds_ada_norm"]
+            labels = torch.tensor([classes, min(207, classes - 1)], device=like.device)
+            return {"class_labels": labels, "return_dict": False}
         width = config["cross_attention_dim"]
         if self._picture is not None:
             times = torch.tensor([[6.0, 127.0, 0.02]] * 2, dtype=like.dtype, device=like.device)
@@ -233,7 +246,8 @@ def build_denoiser(kind: Kind, device: torch.device, dtype: torch.dtype) -> tupl
     with quiet_libraries():
         own_scheduler = component_class(*index["scheduler"]).from_pretrained(folder / "scheduler")
         scheduler = build_scheduler(settings.get("scheduler"), own_scheduler, settings.get("scheduler_config"))
-        unet = build_random_model(component_class(*index["unet"]), folder / "unet", dtype, kind.unet, "unet")
+        part = "unet" if "unet" in index else "transformer"
+        unet = build_random_model(component_class(*index[part]), folder / part, dtype, kind.unet, part)
         if kind.motion is not None:
             adapter, changes = kind.motion
             motion = build_random_model(MotionAdapter, MODELS_FOLDER / adapter, dtype, changes, "motion_adapter")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,37 +73,47 @@ class Table:
 
     Args:
         path: The CSV file; None for none.
+        columns: Its columns.
+        shown: Columns of the Markdown table: what they are called, and which of the file's they are.
+        compare: Gives the figures of a row that come of those before it.
 
     Raises:
         ValueError: The file holds another table.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        columns: Sequence[str] = COLUMNS,
+        shown: Mapping[str, str] = SHOWN,
+        compare: Callable[[Row, Iterable[Row]], Row] | None = None,
+    ) -> None:
         self.rows: list[Row] = []
-        self._path = path
+        self._path, self._columns, self._shown = path, columns, shown
+        self._compare = compare or compare_layouts
         if path is not None and path.exists():
-            read_rows(path)
+            read_rows(path, columns)
 
     def add(self, row: Row) -> None:
         """Adds a row; those of one GPU come first."""
-        row = row | compare(row, self.rows)
+        row = row | self._compare(row, self.rows)
         # as the file has it, so that both round the same number
         row = {name: float(_cell(value)) if isinstance(value, float) else value for name, value in row.items()}
         if not self.rows:
-            print(header(), flush=True)
+            print(header(self._shown), flush=True)
         self.rows.append(row)
-        print(line(row), flush=True)
+        print(line(row, self._shown), flush=True)
         if self._path is None:
             return
         is_new = not self._path.exists()
         with self._path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self._columns)
             if is_new:
                 writer.writeheader()
-            writer.writerow({name: _cell(row.get(name)) for name in COLUMNS})
+            writer.writerow({name: _cell(row.get(name)) for name in self._columns})
 
 
-def compare(row: Row, others: Iterable[Row]) -> Row:
+def compare_layouts(row: Row, others: Iterable[Row]) -> Row:
     """What a row comes to beside one GPU.
 
     Args:
@@ -131,23 +141,23 @@ def compare(row: Row, others: Iterable[Row]) -> Row:
     return found
 
 
-def header() -> str:
+def header(shown: Mapping[str, str] = SHOWN) -> str:
     """The first two lines of the Markdown table."""
-    return f"| {' | '.join(SHOWN)} |\n{'|---' * len(SHOWN)}|"
+    return f"| {' | '.join(shown)} |\n{'|---' * len(shown)}|"
 
 
-def line(row: Row) -> str:
+def line(row: Row, shown: Mapping[str, str] = SHOWN) -> str:
     """A row of the Markdown table; the cells of one that failed say why."""
     told = dict(row)
     if row.get("slowest_share") is not None:
         told["shares"] = f"{row['slowest_share']:.1%} / {row['fastest_share']:.1%}"
-    cells = [_cell(told.get(name), 4) for name in SHOWN.values()]
+    cells = [_cell(told.get(name), 4) for name in shown.values()]
     if row.get("failure"):
         return f"| {' | '.join(cells[:4])} | failed: {row['failure']} |"
     return f"| {' | '.join(cells)} |"
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Reads the rows of a CSV file; a line that was cut off is left out.
 
     Raises:
@@ -155,12 +165,12 @@ def read_rows(path: Path) -> list[Row]:
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     reader = csv.reader(text for text in lines if text.endswith("\n"))
-    if next(reader, None) != list(COLUMNS):
+    if next(reader, None) != list(columns):
         raise ValueError(f"{path} holds another table; give another file as --csv.")
     return [
-        {name: _value(cell) for name, cell in zip(COLUMNS, cells, strict=True)}
+        {name: _value(cell) for name, cell in zip(columns, cells, strict=True)}
         for cells in reader
-        if len(cells) == len(COLUMNS)
+        if len(cells) == len(columns)
     ]
 
 

@@ -6,6 +6,8 @@ from asyncdiff_pl.callbacks.device_stats import DeviceStats
 from asyncdiff_pl.callbacks.export import ExportWeights
 from asyncdiff_pl.callbacks.frame_writer import FrameWriter
 from asyncdiff_pl.callbacks.frechet_distance import FrechetDistance
+from asyncdiff_pl.callbacks.picture_archive import PictureArchive
+from asyncdiff_pl.callbacks.precision_recall import PrecisionRecall
 from asyncdiff_pl.callbacks.progress import DiffusionProgressBar
 from asyncdiff_pl.callbacks.reference_metrics import ReferenceMetrics
 from asyncdiff_pl.callbacks.results import Results
@@ -14,6 +16,7 @@ from asyncdiff_pl.callbacks.step_latency import StepLatency
 from asyncdiff_pl.callbacks.traffic import Traffic
 from asyncdiff_pl.callbacks.training_progress import TrainingProgressBar
 from asyncdiff_pl.callbacks.training_state import TrainingState
+from asyncdiff_pl.callbacks.trajectory_writer import TrajectoryWriter
 
 __all__ = [
     "CLIPScore",
@@ -22,6 +25,8 @@ __all__ = [
     "ExportWeights",
     "FrameWriter",
     "FrechetDistance",
+    "PictureArchive",
+    "PrecisionRecall",
     "ReferenceMetrics",
     "Results",
     "SolverProgress",
@@ -29,5 +34,6 @@ __all__ = [
     "Traffic",
     "TrainingProgressBar",
     "TrainingState",
+    "TrajectoryWriter",
     "WeightAverage",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,11 @@ from asyncdiff_pl.models.decoding import to_pictures
 from asyncdiff_pl.report.sheet import draw_sheet
 from asyncdiff_pl.sampling import Iteration
 
-MAX_ROWS = 10
-MAX_COLUMNS = 7
+MAX_ROWS = 6
+MAX_COLUMNS = 5
+
+PICTURE_DIMS = 4
+"""Dimensions of a picture's states, [N + 1, C, H, W]; a video's have one more."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,20 @@ class Snapshot:
     states: Tensor
 
 
-def take(iteration: Iteration, sample: int) -> Snapshot:
-    """Copies some states of a sample, from the noisiest to the result.
+def take(iteration: Iteration, sample: int, pipeline: Any) -> Snapshot:
+    """Copies some states of a sample, from the noisiest to the result; of a video the frame in the middle.
 
     Args:
         iteration: What a solver tells.
         sample: Index of the sample in the batch.
+        pipeline: Its autoencoder tells in which dimension frames are.
     """
     states = iteration.trajectories[sample]
     numbers = _spread(len(states), MAX_COLUMNS)[::-1]
+    if states.ndim > PICTURE_DIMS:
+        # where frames are decoded together they come before the channels (SVD), else behind them (AnimateDiff)
+        dim = 1 if _decodes_frames(pipeline) else 2
+        states = states.select(dim, states.shape[dim] // 2)
     return Snapshot(iteration.number, iteration.finished[sample], numbers, states[numbers].float())
 
 
@@ -73,6 +82,11 @@ def _spread(number: int, most: int) -> list[int]:
     return [round(at * (number - 1) / max(1, count - 1)) for at in range(count)] if count > 1 else [number - 1]
 
 
+def _decodes_frames(pipeline: Any) -> bool:
+    """Whether the autoencoder decodes the frames of a video together."""
+    return "num_frames" in inspect.signature(pipeline.vae.decode).parameters
+
+
 @torch.no_grad()
 def _decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     vae = pipeline.vae
@@ -81,6 +95,7 @@ def _decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     own = vae.dtype
     vae.to(dtype)
     scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    frames = vae.decode(scaled.to(dtype), return_dict=False)[0]
+    one_each = {"num_frames": 1} if _decodes_frames(pipeline) else {}
+    frames = vae.decode(scaled.to(dtype), return_dict=False, **one_each)[0]
     vae.to(own)
     return to_pictures((frames.float() / 2 + 0.5).clamp(0, 1))

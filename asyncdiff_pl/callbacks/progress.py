@@ -178,10 +178,8 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
                 self._running = Measured(0, mark.steps, self._running.step_seconds + step_seconds, 0)
                 text = mark.text
             self._last = mark.when
-        now = time.perf_counter()
-        if text and now - self._refreshed >= self.refresh_seconds:
-            self._refreshed = now
-            self._draw(text)
+        if text:
+            self.tell(text)
 
     @override
     def on_predict_batch_end(
@@ -198,6 +196,8 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
         self._catch_up()
         now = time.perf_counter()
         in_steps = self._running.step_seconds
+        # of all its steps: those of some layouts take nothing, and others the time of all
+        self._latency = in_steps / sum(self._calls) if self._calls else 0.0
         self._pace.finish(Measured(len(outputs), sum(self._calls), in_steps, now - self._batch_end - in_steps))
         self._running = Measured(0, 0, 0, 0)
         self._batch_end = now
@@ -207,6 +207,17 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
             for number, prediction in enumerate(outputs, start=self._made - len(outputs) + 1):
                 what = f"{prediction.sample.id} ({prediction.steps} steps): {prediction.seconds:.2f} s"
                 print(f"{number}/{self._total} {what}, {self._status()}", file=self._file, flush=True)
+
+    def tell(self, text: str) -> None:
+        """Shows what goes on within a step that is long.
+
+        Args:
+            text: A few words.
+        """
+        now = time.perf_counter()
+        if now - self._refreshed >= self.refresh_seconds:
+            self._refreshed = now
+            self._draw(text)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

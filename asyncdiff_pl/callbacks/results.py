@@ -47,8 +47,8 @@ RUN_METRICS = ("peak_memory_gib", "mib_per_step")
 REFERENCE = {"avg_psnr_db": "PSNR dB", "avg_ssim": "SSIM", "avg_lpips": "LPIPS"}
 """Averages that the terminal's table shows where they are, and their titles."""
 
-DISTANCES = ("fid", "frechet_distance")
-"""What the names of distances from real pictures start with; the terminal's table shows them as well."""
+DISTANCES = ("fid", "frechet_distance", "precision", "recall")
+"""What the names of measures against real pictures start with; the terminal's table shows them as well."""
 
 
 class Results(Callback):

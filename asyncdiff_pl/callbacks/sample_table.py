@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -90,25 +90,27 @@ class PartFile:
 
     Args:
         path: The file; it is made with the first row, in place of one that is there.
+        columns: Gives the columns of some rows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Callable[[Sequence[Row]], list[str]] = columns_of) -> None:
         self.path = path
+        self._columns_of = columns
         self.rows: list[Row] = []
         """The rows so far."""
         self._columns: list[str] = []
         self._file: IO[str] | None = None
 
-    def append(self, row: Row) -> None:
-        """Adds a row; when this returns it is on disk."""
-        self.rows.append(row)
-        if self._file is None or not row.keys() <= set(self._columns):
+    def append(self, *rows: Row) -> None:
+        """Adds rows; when this returns they are on disk."""
+        self.rows += rows
+        if self._file is None or any(row.keys() - set(self._columns) for row in rows):
             self.close()
-            self._columns = columns_of(self.rows)
+            self._columns = self._columns_of(self.rows)
             write_table(self.path, self.rows, self._columns)
             self._file = self.path.open("a", encoding="utf-8")
         else:
-            self._file.write(format_table([row], self._columns, header=False))
+            self._file.write(format_table(rows, self._columns, header=False))
         self._file.flush()
         os.fsync(self._file.fileno())
 

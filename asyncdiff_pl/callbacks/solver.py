@@ -1,7 +1,8 @@
-"""What the solvers of a run that is parallel in time came to: iterations, evaluations, residuals and trajectories."""
+"""What the solvers of a run that is parallel in time came to: iterations, evaluations and residuals."""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,50 +15,61 @@ from typing_extensions import override
 
 from asyncdiff_pl.callbacks import iteration_sheet
 from asyncdiff_pl.callbacks.frame_files import encode_png, write_atomically
-from asyncdiff_pl.callbacks.roles import SampleCount, gather, is_leader, log_folder, tensorboard
-from asyncdiff_pl.callbacks.sample_table import Row, cell, key_of, read_table, write_table
+from asyncdiff_pl.callbacks.progress import DiffusionProgressBar
+from asyncdiff_pl.callbacks.roles import SampleCount, data_rank, gather, is_leader, log_folder, tensorboard
+from asyncdiff_pl.callbacks.sample_table import PartFile, Row, cell, key_of, read_table, write_table
 from asyncdiff_pl.models.base import Prediction
 from asyncdiff_pl.parallel import Solved
-from asyncdiff_pl.parallel.time.saved import SavedTrajectory, trajectory_path
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 from asyncdiff_pl.sampling import Iteration
+from asyncdiff_pl.strategies import TimeParallelStrategy
 
 COLUMNS = ("steps", "id", "iteration", "evaluated", "residual")
 """Columns of iterations.csv."""
-
-PICTURE_DIMS = 4
-"""Dimensions of a picture's states; a video's have one more, and are not drawn."""
 
 
 class _Listener(TrajectoryListener):
     """Keeps what each run of the pipeline came to.
 
     Args:
-        strategy: Its handle tells.
+        trainer: Its strategy's handle tells, and its progress bar shows the iteration in work.
+        pl_module: Its pipeline is that whose states are kept.
     """
 
-    def __init__(self, strategy: Any) -> None:
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.runs: list[Solved] = []
         self.snapshots: list[list[list[iteration_sheet.Snapshot]]] = []
         """For each run, if it was watched, and each of its samples those of all iterations."""
-        self._strategy = strategy
+        self.draws = False
+        """Whether snapshots are taken."""
+        self._trainer = trainer
+        self._pl_module = pl_module
 
-    def watch(self, is_wanted: bool) -> None:
-        """Has iterations kept from now on, or not."""
-        handle = getattr(self._strategy, "handle", None)
-        if handle is not None:
-            handle.watch_iterations(self._keep if is_wanted else None)
+    @property
+    def handle(self) -> Any:
+        """What the strategy installed; None for a strategy without."""
+        return getattr(self._trainer.strategy, "handle", None)
+
+    def watch(self, hears: bool) -> None:
+        """Has iterations told from now on, or not."""
+        if self.handle is not None:
+            self.handle.watch_iterations(self._keep if hears else None)
 
     def _keep(self, iteration: Iteration) -> None:
+        bar = self._trainer.progress_bar_callback
+        if isinstance(bar, DiffusionProgressBar):
+            bar.tell(f"iteration {iteration.number}, {max(iteration.finished)} states left")
+        if not self.draws:
+            return
         samples = range(len(iteration.trajectories))
         if iteration.number == 1:
             self.snapshots.append([[] for _ in samples])
-        for sample in samples if iteration.trajectories[0].ndim == PICTURE_DIMS else ():
-            self.snapshots[-1][sample].append(iteration_sheet.take(iteration, sample))
+        for sample in samples:
+            self.snapshots[-1][sample].append(iteration_sheet.take(iteration, sample, self._pl_module.pipeline))
 
     @override
     def on_step(self, trajectory: Trajectory, output: Any) -> None:
-        handle = getattr(self._strategy, "handle", None)
+        handle = self.handle
         if handle is not None and handle.solved is not None and trajectory.position + 1 == trajectory.num_steps:
             self.runs.append(handle.solved)
 
@@ -68,18 +80,16 @@ class SolverProgress(Callback):
     Sets of each prediction: `iterations`; `denoiser_calls`, the states that the denoiser was given, to be compared with
     the number of steps; `residual`, the largest of the last iteration; and `unfinished_states`, above 0 where the
     iterations did not suffice. `iterations.csv` has a row for each iteration of each sample: how many states were
-    evaluated, and their largest residual. TensorBoard shows, of rank 0's data group, `solver/iterations/steps=<n>`
+    evaluated, and their largest residual; of samples that are done (until the run ends, each data group has a file
+    `iterations.part<k>.csv`). TensorBoard shows, of rank 0's data group, `solver/iterations/steps=<n>`
     over the samples, and, of all data groups at the end, the mean residual over the iterations,
     `solver/residual/steps=<n>`.
-
-    With the strategy's `save_trajectories` `trajectories/steps=<n>/<id>.safetensors` has each sample's states as well:
-    `states` [N + 1, ...], number 0 being the result and N the noise, in the scale in which the denoiser is given them,
-    with steps, scheduler and timesteps as metadata.
 
     Args:
         sheets: Of how many of the first samples of each data group a sheet is drawn to
             `iterations/steps=<n>/<id>.png`: rows are iterations, columns are states from noise to result, decoded as
-            they are. Pictures only, no videos; it takes the time of decoding.
+            they are, of a video the frame in the middle. It takes the time of decoding, and is for strategies that are
+            parallel in time alone.
     """
 
     def __init__(self, sheets: int = 0) -> None:
@@ -90,18 +100,30 @@ class SolverProgress(Callback):
         self._listener: _Listener | None = None
         self._folder: Path | None = None
         self._count = SampleCount()
-        self._rows: list[Row] = []
+        self._part: PartFile | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "predict":
-            self._folder = log_folder(trainer)
+        if stage != "predict":
+            return
+        if self.sheets and not isinstance(trainer.strategy, TimeParallelStrategy):
+            raise ValueError(
+                f"solver.sheets is {self.sheets}, but {type(trainer.strategy).__name__} has no iterations to draw: "
+                "take TimeParallelStrategy, or leave it at 0."
+            )
+        self._folder = log_folder(trainer)
+        path = self._folder / f"iterations.part{data_rank(trainer)}.csv"
+        self._part = PartFile(path, lambda rows: list(COLUMNS))
+        if trainer.is_global_zero:
+            # what a run that was stopped has left
+            _put_together(self._folder)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listener = _Listener(trainer.strategy)
+        self._listener = _Listener(trainer, pl_module)
+        self._listener.draws = self.sheets > 0
         pl_module.trajectory.subscribe(self._listener)
-        self._listener.watch(self.sheets > 0)
+        self._listener.watch(True)
 
     @override
     def on_predict_batch_end(
@@ -126,10 +148,10 @@ class SolverProgress(Callback):
         for prediction, (solved, index), iterations in zip(in_order, found, taken, strict=True):
             self._tell(trainer, prediction, solved, index)
             if is_leader(trainer):
-                self._keep(trainer, prediction, solved, index)
+                self._keep(prediction, solved, index)
             if iterations and self._num_drawn < self.sheets:
                 self._draw(trainer, pl_module, prediction, solved, iterations)
-        self._listener.watch(self._num_drawn < self.sheets)
+        self._listener.draws = self._num_drawn < self.sheets
 
     def _draw(
         self,
@@ -161,29 +183,26 @@ class SolverProgress(Callback):
             name = f"solver/iterations/steps={prediction.steps}"
             writer.add_scalar(name, solved.iterations[index], number)
 
-    def _keep(self, trainer: Trainer, prediction: Prediction, solved: Solved, index: int) -> None:
+    def _keep(self, prediction: Prediction, solved: Solved, index: int) -> None:
+        assert self._part is not None
+        rows = []
         for iteration, residuals in enumerate(solved.residuals[index], 1):
             evaluated = int((~residuals.isnan()).sum())
             values = (prediction.steps, prediction.sample.id, iteration, evaluated, _largest(residuals))
-            self._rows.append(dict(zip(COLUMNS, map(cell, values), strict=True)))
-        if getattr(trainer.strategy, "save_trajectories", False):
-            assert self._folder is not None
-            path = trajectory_path(self._folder, prediction.steps, prediction.sample.id)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            saved = SavedTrajectory(solved.trajectory[index], solved.timesteps, solved.scheduler)
-            write_atomically(path, saved.encode())
+            rows.append(dict(zip(COLUMNS, map(cell, values), strict=True)))
+        self._part.append(*rows)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unsubscribe(pl_module)
-        parts = gather(trainer, self._rows)
+        assert self._part is not None and self._folder is not None
+        self._part.close()
+        # the rows themselves meet, not only their files: data groups need not share a disk
+        parts = gather(trainer, self._part.rows)
         if parts is None or not any(parts):
             return
-        assert self._folder is not None
         new = [row for rows in parts for row in rows]
-        again = {key_of(row) for row in new}
-        before = [row for row in read_table(self._folder / "iterations.csv") if key_of(row) not in again]
-        write_table(self._folder / "iterations.csv", [*before, *new], COLUMNS)
+        _put_together(self._folder, new)
         writer = tensorboard(trainer)
         residuals = defaultdict(list)
         for row in new:
@@ -194,12 +213,31 @@ class SolverProgress(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unsubscribe(pl_module)
+        if self._part is not None:
+            self._part.close()
 
     def _unsubscribe(self, pl_module: LightningModule) -> None:
         if self._listener is not None:
             self._listener.watch(False)
             pl_module.trajectory.unsubscribe(self._listener)
             self._listener = None
+
+
+def _put_together(folder: Path, new: Sequence[Row] = ()) -> None:
+    """Puts `iterations.csv`, all part files and some rows together, and removes the part files.
+
+    Args:
+        folder: Log folder of the run.
+        new: Rows that may not be on this disk; of a sample that was made twice the later ones count.
+    """
+    path, parts = folder / "iterations.csv", sorted(folder.glob("iterations.part*.csv"))
+    of_sample: dict[tuple[int, str], list[Row]] = {}
+    for table in (read_table(path), *map(read_table, parts), new):
+        of_sample |= {key: list(rows) for key, rows in itertools.groupby(table, key_of)}
+    if of_sample:
+        write_table(path, [row for rows in of_sample.values() for row in rows], COLUMNS)
+    for part in parts:
+        part.unlink()
 
 
 def _largest(residuals: torch.Tensor) -> float:

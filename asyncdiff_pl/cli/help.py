@@ -30,7 +30,7 @@ class Help:
         trainer: Title of the trainer's settings.
         trainer_settings: What of the trainer's settings matters; the others are accepted as well.
         hints: A line under a section's title, by where its class stands in a config.
-        configs: What the names of the packaged configs that it takes start with; see `list_configs`.
+        configs: Which of the packaged configs it takes; see `list_configs`.
     """
 
     usage: str
@@ -78,9 +78,9 @@ and on the command line after it.""",
         *("plugins", "sync_batchnorm", "default_root_dir"),
     ),
     hints={
-        "model": "another class: --model AutoencoderTraining, CLIPTraining, ImageDenoiserTraining, "
+        "model": "another class: --model DDPM, AutoencoderTraining, CLIPTraining, ImageDenoiserTraining, "
         "ClassDenoiserTraining or my_module.MyTraining; its settings: --model.help CLASS",
-        "data": "another class: --data my_module.MyData; its settings: --data.help my_module.MyData",
+        "data": "another class: --data Cifar10 or my_module.MyData; its settings: --data.help CLASS",
     },
     configs=TRAINING,
 )

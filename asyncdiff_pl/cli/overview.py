@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-TRAINING = "train/"
-"""What the names of the configs for `fit` start with; the others are for `predict`."""
+TRAINING = "train"
+"""Tells the configs for `fit` from those for `predict`; see `list_configs`."""
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the packaged configs."""
@@ -43,16 +43,21 @@ and what two runs made, or two folders of pictures, is compared:
   and for comparisons                      {PROGRAM} compare --help"""
 
 
-def list_configs(start: str = "") -> str:
+def list_configs(kind: str = "") -> str:
     """The packaged configs of a subcommand, a line each: name and first comment.
 
     Args:
-        start: What their names start with; empty for those that `predict` takes.
+        kind: `TRAINING` for those that `fit` takes; empty for those that `predict` takes.
     """
-    names = [name for name in packaged_configs() if name.startswith(TRAINING) == (start == TRAINING)]
+    names = [name for name in packaged_configs() if is_training(name) == (kind == TRAINING)]
     width = max(map(len, names))
     comments = ((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0] for name in names)
     return "\n".join(f"  {name:{width}}  {text.strip('# ')}" for name, text in zip(names, comments, strict=True))
+
+
+def is_training(name: str) -> bool:
+    """Whether a packaged config is for `fit`: its model is a module that trains."""
+    return "class_path: asyncdiff_pl.models.training." in (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def packaged_configs() -> list[str]:
@@ -107,7 +112,7 @@ def _check_subcommand(subcommand: str, path: str) -> None:
     if not file.is_relative_to(packaged):
         return
     name = file.relative_to(packaged).with_suffix("").as_posix()
-    own = "fit" if name.startswith(TRAINING) else "predict"
+    own = "fit" if is_training(name) else "predict"
     if subcommand in ("fit", "predict") and subcommand != own:
         raise ValueError(f"{name} is a config of `{own}`: {PROGRAM} {own} --config {name}.")
 

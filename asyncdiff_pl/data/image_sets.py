@@ -202,7 +202,7 @@ def download(folder: Path) -> None:
             shutil.copyfileobj(response, file, 2**20)
     except (urllib.error.URLError, OSError) as error:
         raise ValueError(
-            f"{ARCHIVE_URL} cannot be fetched ({error}); fetch it elsewhere, unpack it and give its folder as data.path."
+            f"{ARCHIVE_URL} cannot be fetched ({error}); fetch and unpack it yourself, and give its folder."
         ) from error
     with partial.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()

@@ -64,9 +64,13 @@ class FrechetDistance(nn.Module):
     def add(self, frames: Sequence[Image.Image], is_real: bool) -> None:
         """Adds pictures of any sizes to one of the two sets."""
         for _, group in itertools.groupby(frames, key=lambda frame: frame.size):
-            pictures = to_bytes(list(group))
-            for part in pictures.split(BATCH):
-                self._metric.update(part.to(self._metric.device), real=is_real)
+            self.add_bytes(to_bytes(list(group)), is_real)
+
+    @torch.no_grad()
+    def add_bytes(self, pictures: Tensor, is_real: bool) -> None:
+        """Adds pictures [N, 3, H, W], uint8, to one of the two sets."""
+        for part in pictures.split(BATCH):
+            self._metric.update(part.to(self._metric.device), real=is_real)
 
     def sums(self) -> dict[str, Tensor]:
         """What has been added, on the CPU: another process can merge it."""

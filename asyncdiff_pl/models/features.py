@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features, by name: what a Fréchet distance is measured in."""
+"""Networks that turn pictures into features, by name: what distances between sets of pictures are measured in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from asyncdiff_pl.metrics.networks import MissingNetwork, first_line
 from asyncdiff_pl.metrics.text_image import TextImageScore
+from asyncdiff_pl.models.classifiers import EFFICIENTNET, EfficientNetFeatures, VGG16Features
 from asyncdiff_pl.models.clip import check_clip, is_random, load_clip
 
 INCEPTION = "inception"
@@ -77,14 +78,14 @@ def check_features(source: str) -> None:
     Raises:
         ValueError: In one sentence, with the remedy.
     """
-    if source == INCEPTION:
+    if source in (INCEPTION, EFFICIENTNET):
         return
     path = Path(source).expanduser()
     if path.suffix in (*SCRIPTS, ".pth"):
         if not path.is_file():
             raise ValueError(
-                f"There is no file {source} for the Fréchet distance; give a TorchScript file, the name of a CLIP "
-                f"model, `{INCEPTION}`, or a class (my_module.MyFeatures)."
+                f"There is no file {source} of a feature network; give a TorchScript file, `{EFFICIENTNET}`, the name "
+                f"of a CLIP model, `{INCEPTION}`, or a class (my_module.MyFeatures)."
             )
     elif _class_path(source) is None:
         check_clip(source)
@@ -94,10 +95,7 @@ def load_features(source: str) -> tuple[str, nn.Module]:
     """A feature network and what the distance in its features is called.
 
     Args:
-        source: `inception` (FID's own network, fetched by torch-fidelity if that is installed), a `.pth` file of its
-            weights as torch-fidelity keeps them, a TorchScript file (.pt) that turns pictures [N, 3, H, W], uint8, into
-            features (`inception-2015-12-05.pt` is FID's own), a CLIP model (a hub name, a folder, or `tiny-clip`), or a
-            class of one's own (`my_module.MyFeatures`).
+        source: See `load_network`.
 
     Returns:
         The column: `fid` with FID's own network, else `frechet_distance (<network>)`; and the network, on the CPU.
@@ -106,20 +104,45 @@ def load_features(source: str) -> tuple[str, nn.Module]:
         ValueError: There is no such network.
         MissingNetwork: It could not be fetched, or a package that it needs is not there.
     """
+    name, network = load_network(source)
+    return "fid" if name in (INCEPTION, INCEPTION_SCRIPT) else f"frechet_distance ({name})", network
+
+
+def load_network(source: str) -> tuple[str, nn.Module]:
+    """A network that turns pictures [N, 3, H, W], uint8, into features [N, D], and its name.
+
+    Args:
+        source: `inception` (FID's own network, fetched by torch-fidelity if that is installed), a `.pth` file of its
+            weights as torch-fidelity keeps them, `efficientnet-lite0` (of the extra `offline-metrics`; nothing is
+            fetched), `vgg16-397923af.pth` (any file whose name begins with vgg16: weights as torchvision has them), a
+            TorchScript file (.pt) (`inception-2015-12-05.pt` is FID's own), a CLIP model (a hub name, a folder, or
+            `tiny-clip`), or a class of one's own (`my_module.MyFeatures`).
+
+    Returns:
+        The name, `inception` for FID's own weights; and the network, on the CPU, in eval mode, without gradients.
+
+    Raises:
+        ValueError: There is no such network.
+        MissingNetwork: It could not be fetched, or a package that it needs is not there.
+    """
     check_features(source)
     path = Path(source).expanduser()
-    if source == INCEPTION or path.suffix == ".pth":
-        return "fid", _inception(None if source == INCEPTION else path)
     name = path.name if path.exists() else source
-    if path.suffix in SCRIPTS:
-        network: nn.Module = ScriptFeatures(path)
+    network: nn.Module
+    if source == EFFICIENTNET:
+        network = EfficientNetFeatures()
+    elif path.suffix == ".pth" and path.name.startswith("vgg16"):
+        network = VGG16Features(path)
+    elif source == INCEPTION or path.suffix == ".pth":
+        name, network = INCEPTION, _inception(None if source == INCEPTION else path)
+    elif path.suffix in SCRIPTS:
+        network = ScriptFeatures(path)
     elif _class_path(source) is not None:
         network = _own_network(source)
     else:
         network = CLIPFeatures(source)
         name += ", random weights" if is_random(source) else ""
-    column = "fid" if name == INCEPTION_SCRIPT else f"frechet_distance ({name})"
-    return column, network.requires_grad_(False).eval()
+    return name, network.requires_grad_(False).eval()
 
 
 def _inception(weights: Path | None) -> nn.Module:

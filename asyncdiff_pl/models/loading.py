@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": ("sd3-medium", {}),
     "stabilityai/stable-diffusion-x4-upscaler": ("x4-upscaler", {}),
     "facebook/DiT-XL-2-256": ("dit-xl-2-256", {}),
+    "google/ddpm-cifar10-32": ("ddpm-cifar10", {}),
     "black-forest-labs/FLUX.1-dev": ("flux-dev", {}),
     "diffusers/controlnet-canny-sdxl-1.0": ("controlnet-sdxl-canny", {}),
     "diffusers/controlnet-depth-sdxl-1.0": ("controlnet-sdxl-canny", {}),

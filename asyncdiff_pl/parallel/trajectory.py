@@ -31,6 +31,9 @@ class TrajectoryListener:
     def on_denoiser_call(self, trajectory: Trajectory) -> None:
         """A denoiser call is about to run: call number `call` of step `position`."""
 
+    def on_step_begin(self, trajectory: Trajectory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`scheduler.step` is about to run, with these arguments; `position` is the step that it will end."""
+
     def on_step(self, trajectory: Trajectory, output: Any) -> None:
         """`scheduler.step` returned `output`; `position` still is the step that it ended."""
 
@@ -143,7 +146,12 @@ class Trajectory:
     def _follow(self, scheduler: Any) -> None:
         if self._step is not None:
             self._step.remove()
-        self._step = Overlay(scheduler, "step", self._after_step, lambda *given: self.around_step(*given))
+        self._step = Overlay(scheduler, "step", self._after_step, self._before_step)
+
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        for listener in list(self._listeners):
+            listener.on_step_begin(self, args, kwargs)
+        return self.around_step(args, kwargs)
 
     def _after_step(self, step: Overlay, output: Any) -> None:
         if step is not self._step:

@@ -14,7 +14,15 @@ from PIL import Image, ImageChops
 from asyncdiff_pl.callbacks.sample_table import Row, write_table
 from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
 from asyncdiff_pl.report.comparison_table import COLUMNS, Line, aligned, as_row, markdown, texts_of
-from asyncdiff_pl.report.picture_measures import TIMES, Tools, load_tools, measure_pair, set_distance, steps_text
+from asyncdiff_pl.report.picture_measures import (
+    TIMES,
+    Tools,
+    load_tools,
+    measure_pair,
+    set_agreement,
+    set_distance,
+    steps_text,
+)
 from asyncdiff_pl.report.picture_sets import Key, PictureSet, bring_to_one_size, pair, read_set
 from asyncdiff_pl.report.sheet import draw_sheet, scaled, some_of
 
@@ -50,6 +58,7 @@ def compare(
     annotations: str | None = None,
     lpips: str | None = None,
     frechet: str | None = None,
+    precision_recall: str | None = None,
     clip: str | None = None,
     rows: int = 8,
     dump: str | None = None,
@@ -61,8 +70,9 @@ def compare(
     compare.md, compare_samples.csv (a row a sample) and compare.png.
 
     Args:
-        a: A run's log folder, or a folder of pictures (real ones, say); `demo` means the package's drawn scenes. A
-            folder of pictures is brought to the size of the other side (cropped).
+        a: A run's log folder, a folder of pictures (real ones, say) or an .npz file of them (`images` [N, H, W, 3]);
+            `demo` means the package's drawn scenes. Pictures that are of no run are brought to the size of the other
+            side (cropped).
         b: What is compared with it, of the same kinds.
         labels: What the two are called: `[one rank, two ranks]`.
         output: Folder for the results.
@@ -70,7 +80,10 @@ def compare(
             those of the drawn scenes.
         lpips: Adds LPIPS: path of AlexNet's weights as torchvision has them (`alexnet-owt-7be5be79.pth`), or `fetch`.
         frechet: Adds the Fréchet distance of the two sets: a CLIP model (`tiny-clip`, a hub name, a folder), a
-            TorchScript file (`inception-2015-12-05.pt` for FID), `inception` (FID, by torch-fidelity), or a class.
+            TorchScript file (`inception-2015-12-05.pt` for FID), `inception` (FID, by torch-fidelity),
+            `efficientnet-lite0` (of the extra offline-metrics), or a class.
+        precision_recall: Adds improved precision and recall of B, with A's pictures as the real ones: the file
+            `vgg16-397923af.pth`, or any other network that `frechet` takes.
         clip: Scores the pictures of both against their captions with this CLIP model; null takes the runs' own scores.
         rows: Samples in the sheet.
         dump: Folder to which a plain folder's pictures are written as they are compared, as ID.png in one size, for
@@ -94,14 +107,14 @@ def compare(
     if first.label == second.label:
         first.label, second.label = f"A: {first.label}", f"B: {second.label}"
     pairs = pair(first, second)
-    if not pairs and frechet is None:
+    if not pairs and frechet is None and precision_recall is None:
         raise ValueError(
             f"{first.label} and {second.label} have no samples in common (ids such as {_some_id(first)} and "
             f"{_some_id(second)}); give runs over the same data, --annotations for pictures with other names, or "
-            "--frechet to compare them as sets."
+            "--frechet or --precision_recall to compare them as sets."
         )
     resized = bring_to_one_size(first, second)
-    tools = load_tools(lpips, frechet, clip, device)
+    tools = load_tools(lpips, frechet, precision_recall, clip, device)
     if resized is not None:
         tools.notes.insert(0, resized)
     if dump is not None:
@@ -170,6 +183,9 @@ def _lines(
             lines.append(Line(place, title, None, None, _mean(finite)))
     if tools.features is not None:
         lines.append(Line(place, tools.features[0], None, None, set_distance(first, second, steps, tools)))
+    if tools.neighbours is not None:
+        found = set_agreement(first, second, steps, tools)
+        lines += [Line(place, quantity, None, None, value) for quantity, value in found.items()]
     return lines
 
 

@@ -13,10 +13,11 @@ from asyncdiff_pl.metrics.frames import compare_frames
 from asyncdiff_pl.metrics.lpips import LPIPS, SMALLEST, load_lpips
 from asyncdiff_pl.metrics.networks import MissingNetwork
 from asyncdiff_pl.metrics.paired import Mean
+from asyncdiff_pl.metrics.precision_recall import PrecisionRecall
 from asyncdiff_pl.metrics.ssim import WINDOW
 from asyncdiff_pl.metrics.text_image import TextImageScore
 from asyncdiff_pl.models.clip import check_clip, is_random, load_clip
-from asyncdiff_pl.models.features import load_features
+from asyncdiff_pl.models.features import load_features, load_network
 from asyncdiff_pl.report.picture_sets import Key, PictureSet
 
 TIMES = {"seconds": "seconds a sample", "step_latency_ms": "ms a step"}
@@ -31,6 +32,7 @@ class Tools:
         device: Where networks compute.
         lpips: The network of LPIPS.
         features: Name and network of the Fréchet distance.
+        neighbours: Name and network of precision and recall.
         clip: Name and network of the score.
         notes: What is missing, and why.
     """
@@ -38,16 +40,18 @@ class Tools:
     device: str
     lpips: LPIPS | None = None
     features: tuple[str, torch.nn.Module] | None = None
+    neighbours: tuple[str, torch.nn.Module] | None = None
     clip: tuple[str, TextImageScore] | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def load_tools(lpips: str | None, features: str | None, clip: str | None, device: str) -> Tools:
+def load_tools(lpips: str | None, features: str | None, neighbours: str | None, clip: str | None, device: str) -> Tools:
     """Loads what was asked for; what cannot be had is left out, with a word in the notes.
 
     Args:
         lpips: Source of LPIPS' weights; see `metrics.lpips.load_lpips`.
-        features: Network of the Fréchet distance; see `models.features.load_features`.
+        features: Network of the Fréchet distance; see `models.features.load_network`.
+        neighbours: Network of precision and recall, of the same kinds.
         clip: CLIP model that scores.
         device: Where they compute.
 
@@ -78,6 +82,12 @@ def load_tools(lpips: str | None, features: str | None, clip: str | None, device
             tools.features = (name, network.to(device))
     except MissingNetwork as error:
         tools.notes.append(f"no Fréchet distance: {error}")
+    try:
+        if neighbours is not None:
+            name, network = load_network(neighbours)
+            tools.neighbours = (name, network.to(device))
+    except MissingNetwork as error:
+        tools.notes.append(f"no precision and recall: {error}")
     return tools
 
 
@@ -131,6 +141,26 @@ def set_distance(
             "it is too large, and compares only with distances of equally many pictures"
         )
     return Mean(distance.compute(), math.nan)
+
+
+def set_agreement(
+    first: PictureSet, second: PictureSet, steps: tuple[int | None, int | None], tools: Tools
+) -> dict[str, Mean]:
+    """Precision and recall of the second set's pictures, with the first's as the real ones; none of too few."""
+    assert tools.neighbours is not None
+    name, network = tools.neighbours
+    measure = PrecisionRecall(network)
+    for part, n, is_real in ((first, steps[0], True), (second, steps[1], False)):
+        for key in part.files:
+            if key[0] == n:
+                measure.add(part.frames(key), is_real)
+    if min(measure.counts) < measure.least:
+        tools.notes.append(
+            f"no precision and recall: they need {measure.least} pictures or more on each side, and there are "
+            f"{measure.counts[0]}, {measure.counts[1]}"
+        )
+        return {}
+    return {f"{what} ({name})": Mean(value, math.nan) for what, value in measure.compute()._asdict().items()}
 
 
 def steps_text(n: int | None, m: int | None) -> str:

@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 import yaml
 from PIL import Image
+from torch import Tensor
+from typing_extensions import override
 
 from asyncdiff_pl.callbacks.sample_table import Row, key_of, read_table
 from asyncdiff_pl.callbacks.written_frames import Files, order_of, samples_of, step_counts
 from asyncdiff_pl.data.coco import DEMO_FOLDER, read_captions
-from asyncdiff_pl.data.pictures import SUFFIXES, read_picture
+from asyncdiff_pl.data.image_sets import read_archive
+from asyncdiff_pl.data.pictures import SUFFIXES, fit_image, read_picture
 from asyncdiff_pl.data.sample import UnreadableSample
 
 Key = tuple[int | None, str]
@@ -80,15 +85,56 @@ class PictureSet:
             raise ValueError(f"{error}; remove it from {self.folder}.") from error
 
 
+@dataclass
+class ArchiveSet(PictureSet):
+    """The pictures of one .npz file.
+
+    Args:
+        images: [N, 3, H, W], uint8, in the order of `files`, which name no files.
+    """
+
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        self._places = {key: place for place, key in enumerate(self.files)}
+
+    @override
+    def sizes(self) -> set[tuple[int, int]]:
+        return {(self.images.shape[3], self.images.shape[2])}
+
+    @override
+    def frames(self, key: Key) -> list[Image.Image]:
+        picture = Image.fromarray(self.images[self._places[key]].permute(1, 2, 0).numpy())
+        return [picture if self.size in (None, picture.size) else fit_image(picture, *self.size, "crop")]
+
+
+def read_archive_set(path: Path, label: str | None = None) -> ArchiveSet:
+    """Reads the pictures of an .npz file, as the callback `PictureArchive` writes it or as sets are published.
+
+    Args:
+        path: It holds what `data.image_sets.read_archive` takes, and `id` [N]; without that the pictures are named by
+            the file and their number, and belong together with none of another set.
+        label: What it is called; None takes the last names of the path.
+
+    Raises:
+        ValueError: It holds no pictures.
+    """
+    images = read_archive(path).images
+    with np.load(path) as arrays:
+        ids = arrays["id"].tolist() if "id" in arrays else [f"{path.stem}:{place}" for place in range(len(images))]
+    files: dict[Key, Files] = {(None, str(name)): [] for name in ids}
+    return ArchiveSet(label or "/".join(path.resolve().parts[-2:]), path, files, is_run=False, images=images)
+
+
 def read_set(folder: str, label: str | None = None, annotations: str | None = None) -> PictureSet:
-    """Reads a log folder or a plain folder; pictures are read only when they are asked for.
+    """Reads a log folder, a plain folder or an .npz file; files of pictures are read only when they are asked for.
 
     In a plain folder each picture is a sample, named by its file without the suffix, and so is each folder of pictures,
     a video. With annotations the pictures have the ids that these give them, and those that they do not name are left
     out.
 
     Args:
-        folder: Path; `demo` means the drawn scenes that come with the package.
+        folder: Path of a folder or an .npz file; `demo` means the drawn scenes that come with the package.
         label: What it is called; None takes the names of the last folders of the path.
         annotations: Captions file in COCO's format; `demo` means those of the drawn scenes.
 
@@ -97,6 +143,8 @@ def read_set(folder: str, label: str | None = None, annotations: str | None = No
     """
     is_demo = folder == "demo"
     path = DEMO_FOLDER / "images" if is_demo else Path(folder).expanduser()
+    if path.is_file() and path.suffix == ".npz":
+        return read_archive_set(path, label)
     if not path.is_dir():
         raise ValueError(f"There is no folder {folder} to compare; give a run's log folder or a folder of pictures.")
     named = _coco(DEMO_FOLDER / "captions.json" if annotations == "demo" else annotations)

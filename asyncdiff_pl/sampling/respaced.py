@@ -5,10 +5,11 @@ equation 12), with the estimate c of the clean data limited to the range of pict
 
     x' = √ᾱ' c + √(1 − ᾱ' − σ²) (x − √ᾱ c) / √(1 − ᾱ) + n ξ,    σ² = η² (1 − ᾱ') / (1 − ᾱ) (1 − ᾱ / ᾱ').
 
-DDIM has n = σ, and adds no noise at η = 0. DDPM has η = 1, which makes the mean that of the posterior (Ho et al. (2020),
-"Denoising Diffusion Probabilistic Models", equation 7), and n² = σ² (`fixed_small`) or n² = 1 − ᾱ / ᾱ' (`fixed_large`);
-over a subset of the timesteps this is the respacing of Nichol and Dhariwal (2021), section 4. The schedulers of
-diffusers step by constant strides, and so cannot take any subset: with 300 of 1000 timesteps they would start at 897.
+DDIM has n = σ, and adds no noise at η = 0. DDPM has η = 1, which makes the mean that of the posterior (Ho et al.
+(2020), "Denoising Diffusion Probabilistic Models", equation 7), and n² = σ² (`fixed_small`) or n² = 1 − ᾱ / ᾱ'
+(`fixed_large`); over a subset of the timesteps this is the respacing of Nichol and Dhariwal (2021), section 4. The
+schedulers of diffusers step by constant strides, and so cannot take any subset: with 300 of 1000 timesteps they start
+at 897.
 """
 
 from __future__ import annotations

@@ -47,11 +47,10 @@ class TimeParallelStrategy(GroupStrategy):
         batch: The most inputs of one call of the denoiser, halves of the guidance batch counted, to save memory; null
             for no limit.
         initial_trajectory: Begins with the states of another run: its log folder, for the sample of the same id in as
-            many steps, or one file of it for all samples. That run had save_trajectories, and may have had other
-            prompts. Null begins with the noise.
+            many steps, or one file of it for all samples. That run had `--trajectories.save true`, any strategy, and
+            may have had other prompts. Null begins with the noise.
         variation_steps: With an initial trajectory, how many of the last steps are solved; states before them stay the
             other run's, so that fewer keep more of its pictures. Null for all, which is exact for the new prompts.
-        save_trajectories: Whether all states of each sample are written to `trajectories/` in the log folder.
         capture: Whether the denoiser's calls are recorded as CUDA graphs, one for each of some sizes of the batch, and
             replayed; needs an NVIDIA GPU, and by default they are where there is one.
         compile: What torch compiles: none, blocks (the repeated blocks, each kind once) or full (the whole denoiser).
@@ -75,7 +74,6 @@ class TimeParallelStrategy(GroupStrategy):
         batch: int | None = None,
         initial_trajectory: str | None = None,
         variation_steps: int | None = None,
-        save_trajectories: bool = False,
         capture: bool | None = None,
         compile: CompileMode = "none",
         share_encoding: bool = False,
@@ -94,7 +92,6 @@ class TimeParallelStrategy(GroupStrategy):
         self.batch = batch
         self.initial_trajectory = initial_trajectory
         self.variation_steps = variation_steps
-        self.save_trajectories = save_trajectories
         self.capture = capture
         self.compile = compile
         self.simulate = simulate
@@ -103,7 +100,7 @@ class TimeParallelStrategy(GroupStrategy):
         if initial_trajectory is not None and not Path(initial_trajectory).exists():
             raise ValueError(
                 f"initial_trajectory is {initial_trajectory}, which does not exist: give the log folder of a run with "
-                "save_trajectories, or one of its files."
+                "`--trajectories.save true`, or a file of its trajectories."
             )
         layout = None if ranks is None else Layout(time=ranks)
         super().__init__(layout, 1 if simulate else ranks, timeout, share_encoding)
@@ -115,6 +112,8 @@ class TimeParallelStrategy(GroupStrategy):
         if name is not None:
             # the checkpoint's own is seen in the first sample
             check_kind(find_scheduler(name))
+        for steps in getattr(module, "num_inference_steps", ()):
+            self._settings(1, None).check_variation_steps(steps)
 
     @override
     def install(self, module: pl.LightningModule) -> Parallel:
@@ -167,7 +166,6 @@ class TimeParallelStrategy(GroupStrategy):
             "batch": self.batch,
             "initial_trajectory": self.initial_trajectory,
             "variation_steps": self.variation_steps,
-            "save_trajectories": self.save_trajectories,
             "capture": self.capture,
             "compile": self.compile,
             "share_encoding": self.share_encoding,

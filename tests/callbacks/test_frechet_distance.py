@@ -90,7 +90,7 @@ def test_bad_settings(tmp_path, real):
         FrechetDistance("nowhere").check()
     with pytest.raises(ValueError, match="holds fewer than 2 pictures; give a folder of real pictures"):
         FrechetDistance(str(tmp_path)).check()
-    with pytest.raises(ValueError, match=r"There is no file x.pt for the Fréchet distance"):
+    with pytest.raises(ValueError, match=r"There is no file x.pt of a feature network"):
         FrechetDistance(str(real), "x.pt").check()
     with pytest.raises(ValueError, match="max_real is 1; give a number of pictures from 2 up"):
         FrechetDistance(max_real=1)

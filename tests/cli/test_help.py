@@ -68,6 +68,7 @@ SURFACE = {
     "device_stats": {"interval": 0.5},
     "traffic": {},
     "solver": {"sheets": 0},
+    "trajectories": {"save": False},
     "frame_writer": {"png": True, "animation": "gif", "fps": None, "max_tensorboard": 16},
     "results": {},
     "progress_bar": {"refresh_seconds": 0.1},

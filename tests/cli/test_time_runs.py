@@ -39,6 +39,7 @@ def test_what_runs_write(command, here):
     assert [row["evaluated"] for row in iterations] == ["4", "3", "2", "1"] * 2
     assert [row["residual"] for row in iterations][3::4] == [row["residual"] for row in log.table("samples.csv")]
     events = EventAccumulator(str(log.path)).Reload()
+    assert not list(log.path.glob("*.part*.csv"))
     assert [event.value for event in events.Scalars("solver/iterations/steps=5")] == [4, 4]
     assert [event.step for event in events.Scalars("solver/residual/steps=5")] == [1, 2, 3, 4]
 
@@ -61,16 +62,44 @@ def test_what_runs_write(command, here):
     assert (metadata["steps"], metadata["scheduler"]) == ("5", "DDIMScheduler")
     assert len(json.loads(metadata["timesteps"])) == 5
 
-    # its own pictures come back at once, and others take what they begin with
-    beginning = (STRATEGY + "initial_trajectory", str(log.path), STRATEGY + "variation_steps", "null")
+    # what one step after the other came to is there at once, and others take what they begin with
+    plain = ["predict", "--config", "demo_parataa", "--trainer.strategy", "auto", *SMALL]
+    run(
+        with_named_configs([*plain, "--trainer.logger.save_dir", str(command.folder), "--trainer.logger.name", "plain"])
+    )
+    place = command.log("plain").path / "trajectories"
+    with safe_open(place / "steps=5" / "1.safetensors", "pt") as file:
+        assert torch.allclose(file.get_tensor("states"), states, atol=1e-3)
+    beginning = (STRATEGY + "initial_trajectory", str(place), STRATEGY + "variation_steps", "null")
     here("demo_from_trajectory", "again", *beginning)
     assert [row["iterations"] for row in command.log("again").table("samples.csv")] == ["1", "1"]
     beginning = (STRATEGY + "initial_trajectory", str(path), STRATEGY + "variation_steps", "2")
-    here("demo_from_trajectory", "others", *beginning, STRATEGY + "save_trajectories", "true")
+    here("demo_from_trajectory", "others", *beginning, "--trajectories.save", "true")
     with safe_open(command.log("others").path / "trajectories" / "steps=5" / "2.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("states")[2:4], states[2:4])
+    more = (STRATEGY + "variation_steps", "4", *SMALL[:1], "4")
     with pytest.raises(ValueError, match=r"holds no version_0/trajectories/steps=4/1.safetensors: give the log folder"):
-        here("demo_from_trajectory", "fewer", STRATEGY + "initial_trajectory", str(log.path), *SMALL[:1], "4")
+        here("demo_from_trajectory", "fewer", STRATEGY + "initial_trajectory", str(log.path), *more)
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "sentence"),
+    [
+        (
+            "demo_from_trajectory",
+            (STRATEGY + "initial_trajectory", ".", STRATEGY + "variation_steps", "6"),
+            "variation_steps is 6; give one from 1 to the number of steps, 5",
+        ),
+        (
+            "demo_image",
+            ("--solver.sheets", "1"),
+            "solver.sheets is 1, but AsyncDiffStrategy has no iterations to draw: take TimeParallelStrategy",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_loaded(here, config, more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        here(config, "none", *more)
 
 
 def test_a_dry_run_does_not_guess_at_iterations(command, here, capsys):

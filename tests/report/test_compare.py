@@ -184,7 +184,7 @@ def test_networks_that_cannot_be_had_leave_their_column_out(runs, tmp_path, monk
         (["{a}", "{b}", "--labels", "[x]"], "give two, one for each folder"),
         (["{a}", "{b}", "--device", "tpu9"], "device is tpu9, which torch does not find here"),
         (["{a}", "{b}", "--lpips", "nowhere.pth"], "There is no file nowhere.pth for LPIPS"),
-        (["{a}", "{b}", "--frechet", "nowhere.pt"], "There is no file nowhere.pt for the Fréchet distance"),
+        (["{a}", "{b}", "--frechet", "nowhere.pt"], "There is no file nowhere.pt of a feature network"),
         (["{a}", "{b}", "--clip", "./nowhere"], "There is no folder ./nowhere"),
         (["{a}", "{b}", "--dump", "x"], "dump writes the pictures of one plain folder, but there are 0"),
         (["{a}", "{b}", "--no_such", "x"], "There is no setting --no_such; `compare --help` explains"),

@@ -1,24 +1,17 @@
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
-import benchmark_denoising
 import pytest
 import torch
 from denoising_jobs import PLAIN, Job, parse, plan, short_run, sized
 from denoising_models import FULL, TINY, Denoising
 from denoising_ranks import Clock
-from denoising_report import COLUMNS, Table, compare, line, newest, plot, read_rows
+from denoising_report import COLUMNS, Table, compare_layouts, line, newest, plot, read_rows
 from denoising_times import Marks, Run, figures, figures_of_rounds, relative_deviation
+from script_ranks import run_on_two
 
 from asyncdiff_pl.parallel import Layout, parallelize
 from asyncdiff_pl.parallel.stages.schedule import plan_step
-
-SCRIPTS = Path(benchmark_denoising.__file__).parent
 
 
 def row(layout="1", gpus=1, loop_s=10.0, **figures):
@@ -239,7 +232,7 @@ def test_rows_are_compared_with_one_gpu():
         row(model="sdxl", compile="blocks", loop_s=1.0),
     ]
     many = row("2x2", 4, 2.0, compile="blocks", capture="on", asynchronous_step_ms=60.0, pipeline_s=5.0, peak_gib=9.0)
-    assert compare(many, alone) == {
+    assert compare_layouts(many, alone) == {
         "over_eager": 5.0,
         "over_compiled": 2.5,
         "pipeline_share_of_eager": 0.25,
@@ -247,7 +240,7 @@ def test_rows_are_compared_with_one_gpu():
         # 60 ms instead of 200 / 4
         "of_ideal": 1.2,
     }
-    assert compare(row("2x2", 4, None), alone) == {}
+    assert compare_layouts(row("2x2", 4, None), alone) == {}
 
 
 def test_rows_are_kept_as_they_come(tmp_path, capsys):
@@ -316,34 +309,10 @@ script.main()
 
 
 def test_two_ranks_one_of_which_fails_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    options = (
-        "--tiny --models sd21 sdxl --layouts 2x1 2 steps2 --balance measured --repeats 1 --device cpu --seconds 90"
-    )
-    options += " --csv rows.csv --plot rows.png"
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    world |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILS_ONCE, *options.split()],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=110) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    options = "--tiny --models sd21 sdxl --layouts 2x1 2 steps2 --balance measured --repeats 1"
+    said = run_on_two(FAILS_ONCE, f"{options} --csv rows.csv --plot rows.png", tmp_path)
     rows = read_rows(tmp_path / "rows.csv")
-    assert said[0][0].splitlines()[2:] == [line(found) for found in rows]
+    assert said[0].splitlines()[2:] == [line(found) for found in rows]
     plain, halves, stages, steps, failed, *after = rows
     assert [found["model"] for found in rows] == ["tiny sd21"] * 4 + ["tiny sdxl"] * 4
     assert all(found["loop_s"] > 0 and found["deviation"] >= 0 and found["over_eager"] > 0 for found in rows[:4])

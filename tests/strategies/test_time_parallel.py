@@ -55,7 +55,7 @@ def test_ranks_that_do_not_fit():
 def test_describe_names_every_setting_but_the_timeout(tmp_path):
     given = {"method": "triangular_anderson", "ranks": 3, "order": 5, "window": 7, "memory": 3, "tolerance": 0.5}
     given |= {"eta": 0.3, "max_iterations": 9, "safeguard": False, "batch": 4, "initial_trajectory": str(tmp_path)}
-    given |= {"variation_steps": 2, "save_trajectories": True, "capture": True, "compile": "blocks"}
+    given |= {"variation_steps": 2, "capture": True, "compile": "blocks"}
     given |= {"share_encoding": True, "simulate": True}
     assert TimeParallelStrategy(**given).describe() == {"strategy": "time"} | given
     assert set(inspect.signature(TimeParallelStrategy).parameters) - set(given) == {"timeout"}

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from asyncdiff_pl.parallel.arguments import Inputs
+from asyncdiff_pl.parallel.capture import may_capture
 from asyncdiff_pl.parallel.compiling import Compiled
 from asyncdiff_pl.parallel.cross_attention import CrossAttentions
 from asyncdiff_pl.parallel.exchange import Exchange
@@ -131,7 +132,10 @@ class Calls:
     @property
     def keeps_shapes(self) -> bool:
         """Whether calls are recorded or compiled, for each shape of the arguments anew."""
-        return self.recordings.are_made or self._compiled is not None
+        if self._compiled is not None or self.recordings.are_made:
+            return True
+        # before the first call nobody knows whether there will be recordings
+        return not self._met and may_capture(self._settings.capture)
 
     # -- arguments ----------------------------------------------------------------------------------------------
 

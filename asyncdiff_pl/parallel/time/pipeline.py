@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
@@ -31,13 +30,14 @@ from asyncdiff_pl.parallel.steps.calls import Call, Calls, Stream
 from asyncdiff_pl.parallel.steps.pipeline import FROM_LATENTS
 from asyncdiff_pl.parallel.steps.place import Place
 from asyncdiff_pl.parallel.steps.settings import StepSettings
-from asyncdiff_pl.parallel.steps.twin import first_tensor, with_cloned_generators
+from asyncdiff_pl.parallel.steps.twin import first_tensor
 from asyncdiff_pl.parallel.time.combination import Combination
 from asyncdiff_pl.parallel.time.evaluation import Evaluation
 from asyncdiff_pl.parallel.time.settings import TimeParallel
 from asyncdiff_pl.parallel.time.solved import Solved
+from asyncdiff_pl.parallel.time.solving import as_states, coefficients_of, solve_after
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
-from asyncdiff_pl.sampling import Callback, Solution, StepCoefficients, picard, read_coefficients, triangular_anderson
+from asyncdiff_pl.sampling import Callback, StepCoefficients, read_coefficients
 
 _REMEDY = "take stages or steps"
 _KNOWN = ("model_output", "timestep", "sample", "eta", "generator", "return_dict")
@@ -245,7 +245,7 @@ class TimePipeline(TrajectoryListener):
         """Learns from the exact step what the pipeline does around the denoiser; the CPU waits for the device."""
         assert self._given is not None and self._estimate is not None
         given = find_latents(self._calls.forward, *self._given)
-        noise = self._scaled(self._step["sample"], self._coefficients().latent_scales[-1])
+        noise = as_states(self._step["sample"], self._coefficients().latent_scales[-1])
         place = Place.find(given, noise)
         if not self._all_agree(place is not None):
             raise ValueError(
@@ -306,10 +306,7 @@ class TimePipeline(TrajectoryListener):
 
     def _coefficients(self) -> StepCoefficients:
         """All steps of the sample."""
-        scheduler = self.trajectory.scheduler
-        takes_eta = "eta" in inspect.signature(type(scheduler).step).parameters
-        eta = self._step.get("eta", 0.0) if takes_eta else None
-        return read_coefficients(scheduler, eta).last(self.trajectory.num_steps)
+        return coefficients_of(self.trajectory.scheduler, self._step, self.trajectory.num_steps)
 
     @torch.no_grad()
     def _solve(self, call: Call) -> None:
@@ -319,8 +316,6 @@ class TimePipeline(TrajectoryListener):
         settings, combination = self.settings, self._combination
         coefficients = self._coefficients()
         number = len(coefficients) - 1
-        samples = combination.place.samples
-        latents = self._latents[:samples].clone()
         self._evaluation = evaluation = Evaluation(
             self._calls,
             combination,
@@ -333,78 +328,11 @@ class TimePipeline(TrajectoryListener):
             self._exchange,
             self._rank,
         )
-        noises = None
-        if coefficients.stochastic:
-            noises = _foreseen(self._step.get("generator"), number, self._step["model_output"])[:, :samples]
-            noises = noises.transpose(0, 1).flip(1)
-        solution = self._iterate(evaluation, latents, coefficients, noises)
-        noise = self._scaled(self._step["sample"][:samples], coefficients.latent_scales[-1])
+        latents = self._latents[: combination.place.samples].clone()
         scheduler = type(self.trajectory.scheduler).__name__
+        solution = solve_after(evaluation, latents, self._step, coefficients, settings, self.watcher)
+        noise = as_states(self._step["sample"][: len(latents)], coefficients.latent_scales[-1])
         self.solved = Solved.of(solution, noise, coefficients, scheduler)
         self.asynchronous_steps += number
         self.sent_bytes += evaluation.sent_bytes
         self.bytes_per_step = evaluation.sent_bytes // number
-
-    def _iterate(
-        self, evaluation: Evaluation, latents: Tensor, coefficients: StepCoefficients, noises: Tensor | None
-    ) -> Solution:
-        settings, number = self.settings, len(coefficients) - 1
-        trajectory = self._initial_trajectory(latents, number + 1)
-        variation_steps = None
-        if trajectory is not None and settings.variation_steps is not None:
-            if settings.variation_steps > number + 1:
-                raise ValueError(
-                    f"variation_steps is {settings.variation_steps}; give one from 1 to the number of steps, "
-                    f"{number + 1}."
-                )
-            variation_steps = min(settings.variation_steps, number)
-        common = {
-            "noises": noises,
-            "window": settings.window,
-            "tolerance": settings.limit,
-            "max_iterations": settings.max_iterations,
-            # the first step is exact
-            "initial_trajectory": None if trajectory is None else trajectory[:, :-1],
-            "variation_steps": variation_steps,
-            "callback": self.watcher,
-        }
-        remaining = coefficients.last(number)
-        if settings.method == "picard":
-            return picard(evaluation, latents, remaining, **common)
-        own = {"order": settings.order, "memory": settings.memory, "safeguard": settings.safeguard}
-        return triangular_anderson(evaluation, latents, remaining, **own, **common)
-
-    def _initial_trajectory(self, latents: Tensor, steps: int) -> Tensor | None:
-        given = self.settings.initial_trajectory
-        if given is not None and not isinstance(given, Tensor):
-            given = given(steps)
-        if given is None:
-            return None
-        expected = (len(latents), steps + 1, *latents.shape[1:])
-        if given.shape != expected:
-            raise ValueError(
-                f"initial_trajectory is {tuple(given.shape)}, but {steps} steps of these latents need {expected}; give "
-                "one of a run with as many steps and of the same size."
-            )
-        return given
-
-    @staticmethod
-    def _scaled(latents: Tensor, scale: Tensor) -> Tensor:
-        """Latents of a pipeline as states, the scale being that of `StepCoefficients.latent_scales`."""
-        return (latents.double() / float(scale)).to(latents.dtype)
-
-
-def _foreseen(generator: Any, number: int, like: Tensor) -> Tensor:
-    """The noise that the next steps of a scheduler will draw, [N, ...] in the scheduler's order; nothing is drawn.
-
-    Args:
-        generator: The generator, or one for each sample, that its step is given; None for the process's own.
-        number: Steps.
-        like: What each step's noise is like.
-    """
-    given = with_cloned_generators(generator)
-    devices = [like.device] if like.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        return torch.stack(
-            [randn_tensor(like.shape, generator=given, device=like.device, dtype=like.dtype) for _ in range(number)]
-        )

@@ -71,7 +71,7 @@ def find_trajectory(place: Path, steps: int, sample_id: str) -> Path:
         return path
     raise ValueError(
         f"initial_trajectory is {place}, which holds no {path.relative_to(place.parent)}: give the log folder of a run "
-        "with save_trajectories, over the same samples in as many steps, or a single file for all samples."
+        "with `--trajectories.save true`, over the same samples in as many steps, or a file of it for all samples."
     )
 
 
@@ -92,5 +92,5 @@ def read_trajectory(path: Path) -> SavedTrajectory:
             )
     except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is no trajectory of a run with save_trajectories ({error}); give one of those files."
+            f"{path} is no trajectory of a run with `--trajectories.save true` ({error}); give one of those files."
         ) from error

@@ -76,6 +76,20 @@ class TimeParallel:
                         f"{name} is for triangular_anderson, and method is picard; leave {name} at its default."
                     )
 
+    def check_variation_steps(self, steps: int) -> None:
+        """Tells whether no more steps are to be solved than there are.
+
+        Args:
+            steps: Steps of a sample.
+
+        Raises:
+            ValueError: There are fewer.
+        """
+        if self.variation_steps is not None and self.variation_steps > steps:
+            raise ValueError(
+                f"variation_steps is {self.variation_steps}; give one from 1 to the number of steps, {steps}."
+            )
+
     @property
     def limit(self) -> float:
         """The tolerance in use."""

@@ -1,0 +1,221 @@
+"""Trains a denoiser of pictures without any condition: DDPM, with samplers of timesteps and weights of losses."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.training.base import Batch, NetworkTraining, drawn_from
+from asyncdiff_pl.models.training.optimizer import Optimizer
+from asyncdiff_pl.models.training.unconditional_unet import build_unet
+from asyncdiff_pl.models.unconditional_pipeline import UnconditionalPipeline
+from asyncdiff_pl.training.continuous_noise import spread_uniform
+from asyncdiff_pl.training.discrete_noise import DiscreteNoise, PredictionType
+from asyncdiff_pl.training.loss_weights import LossWeight, UniformWeight
+from asyncdiff_pl.training.noise_schedule import BetaSchedule, betas, signal_levels
+from asyncdiff_pl.training.timesteps import TimestepSampler, UniformTimesteps
+
+DIFFUSERS_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+"""What diffusers calls the noise schedules that it knows."""
+
+
+class DDPM(NetworkTraining):
+    """Trains a U-Net to denoise pictures, after Ho et al. (2020), "Denoising Diffusion Probabilistic Models".
+
+    The defaults are theirs for CIFAR-10; `configs/ddpm_cifar10.yaml` has the rest. Which timesteps are trained, and how
+    much each counts, is said by `timesteps` and `weight`. Noise follows from the seed and the step's number alone: a
+    run that is stopped and goes on has the losses of one that was not.
+
+    Args:
+        size: Height and width of the pictures, in pixels.
+        channels: Channels of the U-Net's first level.
+        multipliers: Channels of each level, as multiples of the first's; each level is half as high as the one before.
+        blocks: Residual blocks of a level.
+        attention: Heights in pixels of the levels that have attention; the middle always has.
+        dropout: Share of values that each residual block drops.
+        prediction_type: What the network predicts: `epsilon` (the noise), `v_prediction` or `sample` (the clean
+            picture).
+        beta_schedule: How the noise's variance rises over the timesteps.
+        beta_start: Variance of the first timestep's noise; the cosine schedule has its own.
+        beta_end: Variance of the last timestep's noise; the cosine schedule has its own.
+        num_timesteps: Number of timesteps.
+        variance: Variance of the noise that the exported pipeline adds in each step.
+        timesteps: Which timesteps are trained, a class of `asyncdiff_pl.training.timesteps`; null draws them evenly.
+        weight: How losses are weighted by timestep, a class of `asyncdiff_pl.training.loss_weights`; null leaves them
+            as they are.
+        sample_steps: DDIM steps of the pictures that are drawn in validation.
+        num_samples: Number of pictures that are drawn in validation, shown in a square; 0 for none.
+        optimizer: How the weights follow the gradients.
+        channels_last: Keep weights and activations channels last: faster convolutions on a GPU, if compiled.
+        compile: Compile the network: faster steps on a GPU, after some minutes at the start.
+        start_from: Folder of weights to start from, as exported (its `unet`); null draws new ones.
+        capture: Record the network's forward and backward pass as CUDA graphs: faster steps of small batches on a GPU.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        channels: int = 128,
+        multipliers: tuple[int, ...] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: tuple[int, ...] = (16,),
+        dropout: float = 0.1,
+        prediction_type: PredictionType = "epsilon",
+        beta_schedule: BetaSchedule = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_timesteps: int = 1000,
+        variance: Literal["fixed_small", "fixed_large"] = "fixed_large",
+        timesteps: TimestepSampler | None = None,
+        weight: LossWeight | None = None,
+        sample_steps: int = 50,
+        num_samples: int = 64,
+        optimizer: Optimizer = Optimizer(2e-4, 0.0, 0.999, 5000, "constant"),
+        channels_last: bool = False,
+        compile: bool = False,
+        start_from: str | None = None,
+        capture: bool = False,
+    ) -> None:
+        network = build_unet(size, channels, multipliers, blocks, attention, dropout)
+        super().__init__(network, optimizer, compile, start_from, capture)
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        variances = betas(beta_schedule, num_timesteps, beta_start, beta_end)
+        levels = signal_levels(variances)
+        self.noise = DiscreteNoise(levels.float(), prediction_type)
+        own = {"trained_betas": variances.tolist()}
+        if beta_schedule in DIFFUSERS_SCHEDULES:
+            own = {"beta_schedule": DIFFUSERS_SCHEDULES[beta_schedule], "beta_start": beta_start, "beta_end": beta_end}
+        # by name: diffusers takes what is given by place for defaults, which other schedulers made of it do not share
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=num_timesteps, prediction_type=prediction_type, variance_type=variance, **own
+        )
+        self.timesteps = timesteps or UniformTimesteps()
+        self.timesteps.build(levels, prediction_type)
+        self.weight = weight or UniformWeight()
+        self.weight.build(levels, prediction_type)
+        # what a sampler learns is not the loss's gradient, and it brings the ranks' together by itself
+        states = (*self.timesteps.named_parameters(), *self.timesteps.named_buffers())
+        self._ddp_params_and_buffers_to_ignore = [f"timesteps.{name}" for name, _ in states]
+        self.sample_steps = sample_steps
+        self.num_samples = num_samples
+        self._passes = self._seed = 0
+        self._looked_before = False
+        self._latest: Tensor | None = None
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.noise = self.noise.to(self.device)
+        if self.trainer.world_size > 1:
+            self.timesteps.reduce = lambda values: self.trainer.strategy.reduce(values, reduce_op="mean")
+            self.timesteps.gather = lambda values: self.all_gather(values).flatten(0, 1)
+
+    @override
+    def on_train_start(self) -> None:
+        self._seed = torch.initial_seed()
+        self._passes = self.global_step * self.trainer.accumulate_grad_batches
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # a pass draws what it draws in every run, on each rank something else
+        torch.manual_seed(hash((self._seed, self.global_rank, self._passes)))
+        self._passes += 1
+        return super().training_step(batch, batch_idx)
+
+    @override
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        self._latest = clean = clean_pictures(batch)
+        timesteps, shares = self.timesteps.draw(clean)
+        losses = self._errors(timesteps, clean, torch.randn_like(clean))
+        self.timesteps.update(timesteps, losses.detach())
+        return {"loss": (shares * self.weight.weight(losses, timesteps)).mean(), "mse": losses.mean()}
+
+    def _errors(self, timesteps: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+        """The mean square error of the prediction for each picture [B], float32."""
+        noisy = self.noise.add(clean, noise, timesteps)
+        output = self.call_network(sample=noisy, timestep=timesteps)
+        target = self.noise.target(clean, noise, timesteps)
+        return F.mse_loss(output.float(), target, reduction="none").flatten(1).mean(1)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self._looked_before = self.timesteps.is_due(self.global_step)
+        if self._looked_before:
+            assert self._latest is not None
+            self.timesteps.before_step(self._probe, self._latest)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._looked_before = False
+        super().optimizer_step(*args, **kwargs)
+        # here, not at the end of the batch: what is learned belongs to the state that callbacks save there
+        if self._looked_before:
+            assert self._latest is not None
+            self.timesteps.after_step(self._probe, self._latest)
+
+    @torch.no_grad()
+    def _probe(self, timesteps: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+        """The network's loss of given pictures [N], as it is now, without dropout; see timesteps/base.py."""
+        with ExitStack() as stack:
+            stack.enter_context(self.trainer.precision_plugin.forward_context())
+            stack.enter_context(self._as_called_by_pipelines())
+            stack.callback(self.network.train)
+            self.network.eval()
+            return self._errors(timesteps, clean, noise)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return self.optimizer.build(nn.ModuleList([self.network, self.weight]), self.trainer.max_steps)
+
+    # -- looking at it ------------------------------------------------------------------------------------------
+
+    @override
+    def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        clean = clean_pictures(batch)
+        with drawn_from(number, clean.device):
+            # all timesteps evenly, whatever the training's are
+            timesteps = (spread_uniform(len(clean), clean.device) * len(self.noise)).long()
+            losses = self._errors(timesteps.clamp(max=len(self.noise) - 1), clean, torch.randn_like(clean))
+        return {"loss": losses.mean()}
+
+    def pipeline(self) -> UnconditionalPipeline:
+        """The pipeline of the network as it is now: DDIM's steps."""
+        pipeline = UnconditionalPipeline(self.network, self.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @override
+    def pictures(self, batch: Batch) -> Tensor | None:
+        side = int(self.num_samples**0.5)
+        if not side:
+            return None
+        made = self.pipeline()(list(range(side**2)), num_inference_steps=self.sample_steps, output_type="pt").images
+        return made.unflatten(0, (side, side))
+
+    @override
+    def export(self, folder: Path) -> None:
+        """Writes a `DDPMPipeline` with the network's weights in float32.
+
+        Args:
+            folder: Is made if it is not there.
+        """
+        network = copy.deepcopy(self.network).float().cpu().to(memory_format=torch.contiguous_format)
+        with quiet_libraries():
+            DDPMPipeline(unet=network.eval().requires_grad_(False), scheduler=self.scheduler).save_pretrained(folder)
+
+
+def clean_pictures(batch: Batch) -> Tensor:
+    """Pictures [B, 3, H, W] from −1 to 1: the first frames of a batch."""
+    return batch["frames"][:, 0] * 2 - 1
