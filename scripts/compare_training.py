@@ -200,6 +200,7 @@ def measure(
             accelerator="auto",
             devices=1,
             precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
+            benchmark=True,
             max_steps=FOREVER,
             gradient_clip_val=1.0,
             callbacks=[average, Clock(minutes, free_steps, at_mark)],
@@ -341,8 +342,8 @@ def report(output: Path) -> None:
 
 
 def against(own: dict[str, float], other: dict[str, float]) -> str:
-    """Whether each seed of one method beats each of another: a win is claimed only then."""
-    if not own or not other or own == other:
+    """Whether each seed of one method, of two or more, beats each of another: a win is claimed only then."""
+    if min(len(own), len(other)) < 2 or own == other:
         return ""
     if max(own.values()) < min(other.values()):
         return "each seed better"
@@ -359,6 +360,7 @@ def _cell(values: dict[str, float]) -> str:
 
 def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=130)
     for number, (name, marks) in enumerate(sorted(found.items())):
@@ -370,6 +372,8 @@ def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Pat
     axes.set_xlabel("minutes of training")
     axes.set_ylabel(title)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
     figure.tight_layout()

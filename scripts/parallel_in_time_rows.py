@@ -48,7 +48,8 @@ class Setting(NamedTuple):
         if self.guidance is not None:
             said.append(f"guidance {self.guidance:g}")
         if self.dtype != "float32":
-            said.append(self.dtype)
+            # its generators draw other noise
+            said.append(f"{self.dtype}, other noise")
         if self.window is not None:
             said.append(f"window {self.window}")
         if not self.safeguard:
@@ -69,7 +70,7 @@ VARIATIONS = (
     PLAIN._replace(guidance=2.0),
     PLAIN._replace(dtype="float64"),
     PLAIN._replace(safeguard=False),
-    PLAIN._replace(window=50),
+    PLAIN._replace(window=25),
     PLAIN._replace(memory=5),
     PLAIN._replace(tolerance=3e-2),
     PLAIN._replace(tolerance=3e-2, memory=3),

@@ -178,8 +178,10 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
                 self._running = Measured(0, mark.steps, self._running.step_seconds + step_seconds, 0)
                 text = mark.text
             self._last = mark.when
-        if text:
-            self.tell(text)
+        now = time.perf_counter()
+        if text and now - self._refreshed >= self.refresh_seconds:
+            self._refreshed = now
+            self._draw(text)
 
     @override
     def on_predict_batch_end(
@@ -209,15 +211,15 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
                 print(f"{number}/{self._total} {what}, {self._status()}", file=self._file, flush=True)
 
     def tell(self, text: str) -> None:
-        """Shows what goes on within a step that is long.
+        """Shows what goes on within a long step, for which neither a latency nor the time left is known.
 
         Args:
             text: A few words.
         """
         now = time.perf_counter()
-        if now - self._refreshed >= self.refresh_seconds:
+        if now - self._refreshed >= self.refresh_seconds and not self.predict_progress_bar.disable:
             self._refreshed = now
-            self._draw(text)
+            self.predict_progress_bar.set_postfix_str(text)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

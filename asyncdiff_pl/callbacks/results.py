@@ -157,10 +157,14 @@ class Results(Callback):
     def _append_finished(self, wait: bool = False) -> None:
         """Writes the rows of samples that are finished, in order; those that never will be get none."""
         assert self._part is not None
+        finished = []
         while self._waiting and (wait or all(future.done() for future in self._waiting[0][1])):
             row, pending = self._waiting.popleft()
             if all(future.exception() is None for future in pending):
-                self._part.append(row)
+                finished.append(row)
+        if finished:
+            # at once: a disk takes its time for each write that it is waited for, and small pictures come in hundreds
+            self._part.append(*finished)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

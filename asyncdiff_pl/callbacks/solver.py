@@ -58,7 +58,7 @@ class _Listener(TrajectoryListener):
     def _keep(self, iteration: Iteration) -> None:
         bar = self._trainer.progress_bar_callback
         if isinstance(bar, DiffusionProgressBar):
-            bar.tell(f"iteration {iteration.number}, {max(iteration.finished)} states left")
+            bar.tell(f"iteration {iteration.number}, states left: {max(iteration.finished)}")
         if not self.draws:
             return
         samples = range(len(iteration.trajectories))

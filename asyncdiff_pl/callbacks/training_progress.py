@@ -13,7 +13,7 @@ from typing_extensions import override
 
 
 class TrainingProgressBar(ProgressBar):
-    """Shows the training steps done, the loss, steps a second and the time left; rank 0 shows it.
+    """Shows the training steps done, the loss, steps and images a second and the time left; rank 0 shows it.
 
     Where the output is no terminal there is a line now and then.
 
@@ -77,6 +77,8 @@ class TrainingProgressBar(ProgressBar):
         pace = (step - self._first - 1) / max(1e-9, now - self._started - self._paused)
         if pace > 0:
             parts += [f"{pace:.1f} steps/s" if pace >= 1 else f"{1 / pace:.1f} s/step"]
+            images = images_per_step(trainer)
+            parts += [f"{pace * images:.0f} images/s"] if images else []
             parts += [f"{duration((trainer.max_steps - step) / pace)} left"]
         if self._bar is not None:
             self._bar.n = step
@@ -117,6 +119,13 @@ class TrainingProgressBar(ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def images_per_step(trainer: Trainer) -> int:
+    """Images of an optimizer's step, on all ranks; 0 where the data module does not tell."""
+    data = trainer.datamodule
+    images = getattr(data, "batch_size", 0) * getattr(data, "num_frames", 1)
+    return images * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def duration(seconds: float) -> str:

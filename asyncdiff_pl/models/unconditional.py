@@ -109,7 +109,7 @@ class UnconditionalPredictor(DiffusionPredictor):
         changes = {"sampler": self.sampler, "eta": self.eta, "skip": self.skip}
         if self.variance is not None:
             changes["variance_type"] = self.variance
-        pipeline.scheduler = RespacedScheduler.from_config(pipeline.scheduler.config, **changes)
+        pipeline.scheduler = RespacedScheduler.like(pipeline.scheduler, **changes)
         if self.channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
         return pipeline

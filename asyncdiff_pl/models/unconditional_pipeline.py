@@ -22,13 +22,13 @@ class UnconditionalPipeline(DiffusionPipeline):
 
     Args:
         unet: The network.
-        scheduler: A `RespacedScheduler`, or another from whose config one is made.
+        scheduler: A `RespacedScheduler`, or another that one is made like.
     """
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
         super().__init__()
         if not isinstance(scheduler, RespacedScheduler):
-            scheduler = RespacedScheduler.from_config(scheduler.config)
+            scheduler = RespacedScheduler.like(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()

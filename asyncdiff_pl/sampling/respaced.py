@@ -14,6 +14,7 @@ at 897.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,8 +72,8 @@ class RespacedOutput(BaseOutput):
 class RespacedScheduler(SchedulerMixin, ConfigMixin):
     """Steps of DDPM or DDIM over picked timesteps, as a scheduler of diffusers' kind.
 
-    `from_config` takes the config of a `DDPMScheduler` or a `DDIMScheduler`. Its numbers are Python's own, so that a
-    step waits for no device, and its noise is given to it.
+    `like` makes one of a `DDPMScheduler` or a `DDIMScheduler`. Its numbers are Python's own, so that a step waits for
+    no device, and its noise is given to it.
 
     Args:
         num_train_timesteps: Number of training timesteps T.
@@ -117,6 +118,18 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._steps: list[_Step] = []
         self._position = 0
+
+    @classmethod
+    def like(cls, scheduler: Any, **changes: Any) -> RespacedScheduler:
+        """Makes one with the noise and the settings of another scheduler.
+
+        Args:
+            scheduler: A scheduler of diffusers.
+            changes: Settings that differ.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        # not `from_config`, which warns of all that only the other one has
+        return cls(**{name: value for name, value in scheduler.config.items() if name in known} | changes)
 
     @property
     def stochastic(self) -> bool:

@@ -1,5 +1,6 @@
 """Runs the command: within this process where nothing starts other ranks, else as a user does."""
 
+import contextlib
 import csv
 import os
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from asyncdiff_pl.cli.command import run
@@ -120,23 +122,32 @@ def _command_lines():
     return found
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    # Lightning sets both for the ranks that it would start
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(sys, "argv", ["asyncdiff_pl"])
-    yield Command(tmp_path)
+@contextlib.contextmanager
+def within_this_process(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        # Lightning sets both for the ranks that it would start
+        patch.setattr(os, "environ", os.environ.copy())
+        patch.setattr(sys, "argv", ["asyncdiff_pl"])
+        yield Command(folder)
     rank_zero_only.rank = 0
+
+
+@pytest.fixture
+def command(tmp_path):
+    with within_this_process(tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """A run of 2 ranks, in 2 stages, over all six pictures; nothing stopped it."""
-    command = Command(tmp_path_factory.mktemp("reference"))
-    outcome = command.as_user()
-    assert outcome.status == 0, outcome.err
-    assert command.processes_left() == []
-    return command.log()
+    """A run over all six pictures in 2 stages, of one process that plays both ranks; nothing stopped it."""
+    # as on ranks: sums are grouped by threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with within_this_process(tmp_path_factory.mktemp("reference")) as found:
+        found.here("--trainer.devices", "1", "--trainer.strategy.simulate", "true")
+    torch.set_num_threads(threads)
+    return found.log()
 
 
 @pytest.fixture

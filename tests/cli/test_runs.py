@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+SIMULATED = ("--trainer.devices", "1", "--trainer.strategy.simulate", "true")
 COCO = Path(__file__).parents[2] / ".." / "shared" / "data" / "coco"
 
 
@@ -19,13 +20,6 @@ def wait_for_rows(log, number, process):
     while log.rows_so_far() < number:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-
-
-def test_simulated_ranks_make_the_same_pictures(command, reference):
-    # within this process, whose threads are not those of a rank
-    outcome = command.as_user("--trainer.devices", "1", "--trainer.strategy.simulate", "true")
-    assert outcome.status == 0, outcome.err
-    assert command.log().pictures() == reference.pictures()
 
 
 def test_a_killed_run_goes_on(command, reference):
@@ -45,13 +39,14 @@ def test_a_killed_run_goes_on(command, reference):
     assert outcome.out.count(" (4 steps): ") == 6 - len(rows)
     # what was written is as it was written, times included
     assert set(rows) <= set((log.path / "samples.csv").read_text().splitlines())
+    # to the bit what one process that plays both ranks makes
     assert log.samples() == reference.samples()
     assert log.pictures() == reference.pictures()
     assert command.processes_left() == []
 
 
 def test_ctrl_c_says_how_to_go_on(command):
-    process = command.start(command.arguments("--model.num_inference_steps", "100"))
+    process = command.start(command.arguments("--model.num_inference_steps", "20"))
     log = command.log()
     wait_for_rows(log, 1, process)
     # a terminal sends it to all processes of the run
@@ -117,10 +112,8 @@ def test_two_nodes(command, reference):
 @pytest.mark.skipif(not COCO.is_dir(), reason="needs COCO's captions and some of its images")
 def test_coco_over_two_step_counts(command):
     coco = ("--data.images_dir", str(COCO / "val2017"), "--data.annotations", str(COCO / "captions_val2017.json"))
-    outcome = command.as_user(*coco, "--data.max_images", "4", "--model.num_inference_steps", "[3,5]")
-    assert outcome.status == 0, outcome.err
-    # said once, by one rank, and in one line
-    assert outcome.err.count("With 3 denoising steps, warm_up 3 leaves none for 2 stages to gain time in") == 1
+    with pytest.warns(UserWarning, match="With 3 denoising steps, warm_up 3 leaves none for 2 stages to gain time in"):
+        command.here(*SIMULATED, *coco, "--data.max_images", "4", "--model.num_inference_steps", "[3,5]")
     log = command.log()
     results = log.table("results.csv")
     assert [row["steps"] for row in results] == ["3", "5"]

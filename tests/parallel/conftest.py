@@ -8,7 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from torch._dynamo.utils import counters
 from traces import shared_traces
+
+from asyncdiff_pl.parallel import compiling
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +22,19 @@ def one_thread():
     with torch.no_grad(), shared_traces():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch compiles."""
+    found = []
+
+    def keep(graph, inputs):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", keep)
+    torch._dynamo.reset()
+    counters.clear()
+    yield found
+    torch._dynamo.reset()

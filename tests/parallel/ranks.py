@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,44 @@ def run_ranks(world_size: int, function: Callable[..., None], *args) -> None:
         port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(_main, (world_size, port, function, args), world_size, start_method="forkserver")
+
+
+Scenario = Callable[..., list[torch.Tensor]]
+"""Gives latents, the same for ranks (`simulate=False`) and for one process that plays them."""
+
+
+def run_four_ranks(
+    scenarios: Sequence[Scenario], group: Scenario, checks: Sequence[Callable[[int], None]]
+) -> dict[str, Any]:
+    """Plays scenarios on four ranks, which compare to the bit with this process.
+
+    Args:
+        scenarios: Of all four.
+        group: Of two data groups of two ranks, of which it is given the number first.
+        checks: What is no comparison; they are given the rank.
+
+    Returns:
+        What this process made, by the scenarios' names.
+    """
+    expected: dict[str, Any] = {scenario.__name__: scenario(simulate=True) for scenario in scenarios}
+    groups = [group(number, simulate=True) for number in range(2)]
+    run_ranks(4, _play_in_four, scenarios, expected, group, groups, checks)
+    return expected
+
+
+def _play_in_four(rank, scenarios, expected, group, groups, checks) -> None:
+    for scenario in scenarios:
+        same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
+    same("two data groups", group(rank // 2, simulate=False), groups[rank // 2])
+    for check in checks:
+        check(rank)
+
+
+def same(name: str, found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Compares what a rank made to the bit."""
+    assert len(found) == len(expected), name
+    for at, pair in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(*pair), f"{name}, sample {at}: rank {dist.get_rank()} differs from the simulation"
 
 
 def _main(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple) -> None:

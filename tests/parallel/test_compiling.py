@@ -13,20 +13,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that torch compiles."""
-    found = []
-
-    def keep(graph, inputs):
-        found.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(compiling, "BACKEND", keep)
-    yield found
-    torch._dynamo.reset()
-
-
-@pytest.fixture
 def no_compiler(monkeypatch):
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)

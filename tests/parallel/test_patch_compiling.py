@@ -14,22 +14,6 @@ from asyncdiff_pl.parallel import compiling, parallelize
 from asyncdiff_pl.parallel.patches.traffic import LocalSwap
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that torch compiles."""
-    found = []
-
-    def keep(graph, inputs):
-        found.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(compiling, "BACKEND", keep)
-    torch._dynamo.reset()
-    counters.clear()
-    yield found
-    torch._dynamo.reset()
-
-
 def sample(denoiser, sampler, samples=1, steps=3, **settings):
     """Latents of the last one of some samples in two patches, or another number."""
     scheduler = ddim()

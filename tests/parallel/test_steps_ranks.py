@@ -8,10 +8,9 @@ import contextlib
 import diffusers
 import pytest
 import torch
-import torch.distributed as dist
 from denoisers import Sampler, build, ddim
 from fake_graph import FakeRecorder, captured
-from ranks import run_ranks
+from ranks import run_four_ranks
 from tiny_pipelines import Sample
 
 from asyncdiff_pl.parallel import parallelize
@@ -101,22 +100,6 @@ def ranks_with_other_noise(rank):
     handle.remove()
 
 
-def play(rank, expected):
-    for scenario in SCENARIOS:
-        same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
-    same("two data groups", group(rank // 2, simulate=False), expected["groups"][rank // 2])
-    calls_and_bytes(rank)
-    ranks_with_other_noise(rank)
-
-
-def same(name, found, expected):
-    assert len(found) == len(expected), name
-    for at, pair in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(*pair), f"{name}, sample {at}: rank {dist.get_rank()} differs from the simulation"
-
-
 @pytest.mark.filterwarnings("ignore:The denoiser's inputs changed", "ignore::DeprecationWarning")
 def test_ranks():
-    expected = {scenario.__name__: scenario(simulate=True) for scenario in SCENARIOS}
-    expected["groups"] = [group(number, simulate=True) for number in range(2)]
-    run_ranks(4, play, expected)
+    run_four_ranks(SCENARIOS, group, [calls_and_bytes, ranks_with_other_noise])

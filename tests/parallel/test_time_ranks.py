@@ -6,10 +6,9 @@ Processes are dear: one world of 4 ranks, in which all scenarios are played.
 import diffusers
 import pytest
 import torch
-import torch.distributed as dist
 from denoisers import Sampler, build, ddim
 from fake_graph import FakeRecorder, captured
-from ranks import run_ranks
+from ranks import run_four_ranks
 from tiny_pipelines import Sample
 
 from asyncdiff_pl.parallel import TimeParallel, parallelize
@@ -102,27 +101,11 @@ def ranks_with_other_noise(rank):
     handle.remove()
 
 
-def play(rank, expected):
-    for scenario in SCENARIOS:
-        same(scenario.__name__, scenario(simulate=False), expected[scenario.__name__])
-    same("two data groups", group(rank // 2, simulate=False), expected["groups"][rank // 2])
-    calls_and_bytes(rank)
-    ranks_with_other_noise(rank)
-
-
-def same(name, found, expected):
-    assert len(found) == len(expected), name
-    for at, pair in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(*pair), f"{name}, sample {at}: rank {dist.get_rank()} differs from the simulation"
-
-
 def test_ranks():
-    expected = {scenario.__name__: scenario(simulate=True) for scenario in SCENARIOS}
-    expected["groups"] = [group(number, simulate=True) for number in range(2)]
+    expected = run_four_ranks(SCENARIOS, group, [calls_and_bytes, ranks_with_other_noise])
     # one rank has other batches, and so other roundings; it comes to the same
     for scenario in (videos, batches, more_ranks_than_work):
         found, alone = expected[scenario.__name__], scenario(simulate=True, ranks=1)
         for at in range(0, len(found), 2):
             assert torch.equal(found[at + 1], alone[at + 1])
             assert float((found[at] - alone[at]).norm() / alone[at].norm()) < 1e-5
-    run_ranks(4, play, expected)

@@ -47,7 +47,7 @@ def run(scheduler, outputs, noises):
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim_is_that_of_diffusers(prediction_type, eta):
     theirs = DDIMScheduler(num_train_timesteps=20, prediction_type=prediction_type)
-    ours = RespacedScheduler.from_config(theirs.config, eta=eta)
+    ours = RespacedScheduler.like(theirs, eta=eta)
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(20)
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
@@ -64,7 +64,7 @@ def test_ddim_is_that_of_diffusers(prediction_type, eta):
 @pytest.mark.parametrize("skip", ["linear", "quadratic"])
 def test_ddpm_over_a_part_of_the_timesteps_is_that_of_diffusers(variance, skip, monkeypatch):
     theirs = DDPMScheduler(num_train_timesteps=100, variance_type=variance)
-    ours = RespacedScheduler.from_config(theirs.config, sampler="ddpm", skip=skip)
+    ours = RespacedScheduler.like(theirs, sampler="ddpm", skip=skip)
     ours.set_timesteps(7)
     theirs.set_timesteps(timesteps=ours.timesteps.tolist())
     outputs, noises = torch.randn(2, 7, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -85,6 +85,10 @@ class DDPM(NetworkTraining):
         start_from: str | None = None,
         capture: bool = False,
     ) -> None:
+        if not 1 <= sample_steps <= num_timesteps:
+            raise ValueError(
+                f"sample_steps is {sample_steps}, and there are {num_timesteps} timesteps; give 1 to {num_timesteps}."
+            )
         network = build_unet(size, channels, multipliers, blocks, attention, dropout)
         super().__init__(network, optimizer, compile, start_from, capture)
         if channels_last:

@@ -2,8 +2,9 @@
 
 **What is to be learned.** A batch is of little use at noise levels where the loss no longer falls: near the clean data
 most of the error cannot be predicted away, and yet it makes most of the gradient's noise. The best weight of a noisy
-estimate is the share of signal in it (Wiener's shrinkage). So a level counts with h = 1 − ρ + 2ρ r / (r + mean of r),
-where r = max(0, ln(slow mean of losses / fast mean of losses)) is the relative progress that is measured there.
+estimate is the share of signal in it (Wiener's shrinkage). So a level counts with h = 1 − ρ + ρ r / (r + m / 4), where
+r = max(0, ln(slow mean of losses / fast mean of losses)) is the relative progress that is measured there, and m its
+mean over all timesteps: usual progress counts nearly in full, none hardly.
 
 **How it is drawn.** The variance of the mean of h L, estimated from B samples, is least where levels are drawn by their
 root mean square gradient. A sample's squared gradient grows as its loss, so p ∝ h √L, mixed with an even share; and
@@ -12,7 +13,7 @@ noise, where half of all timesteps have a hundredth of the loss, this saves samp
 a larger one would. A batch takes one timestep of each of B parts of equal probability, so that how often each level
 comes is no source of noise.
 
-**What it costs.** No pass of the network: the losses are those of training. Sums over some forty levels are updated
+**What it costs.** No pass of the network: the losses are those of training. Sums over two dozen levels are updated
 each step, in windows that grow with the run, as progress becomes slower and harder to see.
 """
 
@@ -27,6 +28,9 @@ from asyncdiff_pl.training.timesteps.base import TimestepSampler, draw_from
 
 FAST, SLOW = (50.0, 0.03), (150.0, 0.15)
 """Windows of the two means: so many steps, and this share of all steps so far."""
+
+USUAL = 0.25
+"""Share of the mean progress at which a level counts half."""
 
 LEAST_PROGRESS = 1e-3
 """Relative progress that cannot be told from none."""
@@ -47,7 +51,7 @@ class AdaptiveTimesteps(TimestepSampler):
     steps: Tensor
 
     def __init__(
-        self, follow: float = 0.8, correction: float = 1.0, even_share: float = 0.25, levels: int = 40
+        self, follow: float = 0.8, correction: float = 1.0, even_share: float = 0.25, levels: int = 24
     ) -> None:
         super().__init__()
         if not (0 <= follow <= 1 and 0 <= correction <= 1 and 0 < even_share <= 1 and levels >= 2):
@@ -77,7 +81,7 @@ class AdaptiveTimesteps(TimestepSampler):
         """How much each timestep counts, h [T] of mean 1; and p [T] of the next draw."""
         fast, slow = self.sums[:, 1] / self.sums[:, 0]
         progress = _smooth((slow / fast).log()).clamp(min=0)[self.level] + LEAST_PROGRESS
-        counts = 1 - self.follow + 2 * self.follow * progress / (progress + progress.mean())
+        counts = 1 - self.follow + self.follow * progress / (progress + USUAL * progress.mean())
         counts = counts / counts.mean()
         density = counts * fast.sqrt()[self.level]
         return counts, (1 - self.even_share) * density / density.sum() + self.even_share / self.number
