@@ -141,7 +141,7 @@ class Exchange:
             self._watch.add(_Replayed(event), f"rank {dist.get_rank()}, step {step}: a replayed step with its messages")
 
     def swap(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor], what: str) -> list[Pending]:
-        """Posts messages from and to ranks of the same half; they are under way when it returns.
+        """Posts messages from and to ranks of the same half that will be waited for at once.
 
         Args:
             sends: What each of some ranks gets, contiguous; it must stay as it is until the messages were waited for.
@@ -151,18 +151,22 @@ class Exchange:
         Returns:
             The messages, all of which must be waited for.
         """
-        return self.swap_together([(sends, receives)], what)
+        return self.swap_together([(sends, receives)], what, is_waited_for=True)
 
     def swap_together(
-        self, parcels: Sequence[tuple[Mapping[int, torch.Tensor], Mapping[int, torch.Tensor]]], what: str
+        self,
+        parcels: Sequence[tuple[Mapping[int, torch.Tensor], Mapping[int, torch.Tensor]]],
+        what: str,
+        is_waited_for: bool,
     ) -> list[Pending]:
         """Posts several such messages for each of the ranks at once, which NCCL launches together.
 
         Args:
             parcels: As for `swap`, on all ranks in the same order.
             what: What travels, for reports.
+            is_waited_for: Whether the computation waits for them, rather than go on beside them.
         """
-        group = self.groups.half
+        group = self.groups.waited if is_waited_for else self.groups.half
         posts = []
         for sends, receives in parcels:
             posts += [dist.P2POp(dist.isend, tensor, group=group, group_peer=rank) for rank, tensor in sends.items()]

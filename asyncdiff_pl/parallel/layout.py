@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,11 +130,13 @@ class Groups:
         half: Ranks among them that work on the same half of the guidance batch: the stages, the patches, the
             steps of a round, or all that solve steps together.
         guidance: Ranks that do the same for the other half.
+        waited: The ranks of `half`, for messages that the computation waits for: those of patches and of steps.
     """
 
     pipeline: dist.ProcessGroup | None = None
     half: dist.ProcessGroup | None = None
     guidance: dist.ProcessGroup | None = None
+    waited: dist.ProcessGroup | None = None
 
     @classmethod
     def build(cls, layout: Layout) -> Groups:
@@ -145,11 +148,14 @@ class Groups:
         world = range(layout.world_size)
         own = layout.coordinates(dist.get_rank())
         # a group of its own for estimates, so that they do not queue behind boundary tensors
-        kinds = [
+        kinds: list[tuple[Callable[[int, int, int], Any], Any]] = [
             (lambda data, half, within: data, None),
             (lambda data, half, within: (data, half), _few_channels()),
             (lambda data, half, within: (data, within), None),
         ]
+        if layout.patches > 1 or layout.steps > 1:
+            # with all channels: meanwhile there is nothing to be slowed
+            kinds.append((lambda data, half, within: (data, half), None))
         found = []
         for key, options in kinds:
             members: dict[Any, list[int]] = {}

@@ -52,9 +52,9 @@ def test_a_norm_and_its_convolution_ask_once_and_all_ask_in_order(monkeypatch):
     torch._dynamo.reset()
     for kind, names in told.items():
 
-        def watched(swap, parcels, what, names=names):
+        def watched(swap, parcels, what, is_waited_for, names=names):
             names.append(what)
-            return post(swap, parcels, what)
+            return post(swap, parcels, what, is_waited_for)
 
         monkeypatch.setattr(LocalSwap, "post", watched)
         sample(one_level(), tall("sd21", 6, torch.float64), steps=1, compile=kind)

@@ -155,11 +155,11 @@ def test_who_sends_to_whom(monkeypatch, portion, furthest):
     norms = {path for path, module in denoiser_of("sdxl").named_modules() if isinstance(module, nn.GroupNorm)}
     post = LocalSwap.post
 
-    def watched(swap, parcels, what):
+    def watched(swap, parcels, what, is_waited_for):
         kind = "moments" if what in norms else "tokens" if what.endswith(("to_k", "to_v")) else "halos"
         for sends, _ in parcels:
             distances[kind] |= {abs(patch - other) for patch, parcel in enumerate(sends) for other in parcel}
-        return post(swap, parcels, what)
+        return post(swap, parcels, what, is_waited_for)
 
     def before_step(step):
         if step == 1:

@@ -26,8 +26,14 @@ class Swap(Protocol):
 
     sent_bytes: int
 
-    def post(self, parcels: Sequence[Trade], what: str) -> list[Pending]:
-        """Has each buffer hold what the other patch sends, as soon as what this returns was waited for."""
+    def post(self, parcels: Sequence[Trade], what: str, is_waited_for: bool) -> list[Pending]:
+        """Has each buffer hold what the other patch sends, as soon as what this returns was waited for.
+
+        Args:
+            parcels: What is sent, and buffers for what comes in.
+            what: What travels, for reports.
+            is_waited_for: Whether the computation waits for it, rather than go on beside it.
+        """
 
 
 class RankSwap:
@@ -45,9 +51,11 @@ class RankSwap:
         """Bytes that this rank has sent."""
         return self._exchange.sent_bytes
 
-    def post(self, parcels: Sequence[Trade], what: str) -> list[Pending]:
+    def post(self, parcels: Sequence[Trade], what: str, is_waited_for: bool) -> list[Pending]:
         """Posts the messages of this rank's patch."""
-        return self._exchange.swap_together([(sends[0], receives[0]) for sends, receives in parcels], what)
+        return self._exchange.swap_together(
+            [(sends[0], receives[0]) for sends, receives in parcels], what, is_waited_for
+        )
 
 
 class LocalSwap:
@@ -57,7 +65,7 @@ class LocalSwap:
         self.sent_bytes = 0
         """Bytes that all patches have sent."""
 
-    def post(self, parcels: Sequence[Trade], what: str) -> list[Pending]:
+    def post(self, parcels: Sequence[Trade], what: str, is_waited_for: bool) -> list[Pending]:
         """Copies what the patches have for one another."""
         for sends, receives in parcels:
             for patch, buffers in enumerate(receives):
@@ -121,7 +129,7 @@ class Traffic:
             parcels: What is sent, and buffers for what comes in, as for `now`.
             what: What travels, for reports.
         """
-        for message in self._swap.post(parcels, what):
+        for message in self._swap.post(parcels, what, is_waited_for=True):
             message.wait()
 
     def keep(self, name: str, received: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
@@ -161,7 +169,7 @@ class Traffic:
         """
         like = self._layers[name].others[self.parity]
         assert like is not None
-        self._pending[name] = self._swap.post([(sends, self._next(name, like))], name)
+        self._pending[name] = self._swap.post([(sends, self._next(name, like))], name, is_waited_for=False)
         # until they have left
         self._sent.append(sends)
         self._keep_own(name, own)
