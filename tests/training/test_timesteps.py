@@ -206,6 +206,15 @@ def test_the_beta_policys_step_is_that_of_reinforce():
     assert not any(parameter.requires_grad for parameter in sampler.parameters())
 
 
+def test_policies_begin_alike_on_all_ranks_and_draw_from_nobodys_seed():
+    torch.manual_seed(1)
+    one, next_draw = BetaPolicy(), torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(next_draw, torch.rand(1))
+    for ours, theirs in zip(one.parameters(), BetaPolicy().parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_the_beta_policy_goes_where_the_reward_is():
     torch.manual_seed(0)
     sampler = built(BetaPolicy(grid=4, chosen=1, every=1, learning_rate=1e-3), torch.tensor([0.9, 0.7, 0.4, 0.1]))

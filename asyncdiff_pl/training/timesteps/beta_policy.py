@@ -78,22 +78,10 @@ class BetaPolicy(TimestepSampler):
         self.chosen = chosen
         self.queue = queue
         self.entropy = entropy
-        self.policy = nn.Sequential(
-            *_convolution(channels, 32),
-            *_convolution(32, 64),
-            *_convolution(64, 128),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(2048, 256),
-            nn.ReLU(),
-            nn.Linear(256, 256),
-            nn.ReLU(),
-            nn.Linear(256, 2),
-        )
-        last = self.policy[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, 0.5)
+        # the same on all ranks, whatever their seeds: only gradients are brought together
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.policy = _network(channels)
         # but for the policy's own update: DDP waits for the gradients of all parameters that ask for one
         self.policy.requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=learning_rate)
@@ -218,6 +206,25 @@ def best_predictors(entries: Tensor, number: int) -> Tensor:
     squares = columns.square().sum(0) * sums.square().sum()
     correlation = (columns.T @ sums).square() / squares
     return correlation.nan_to_num(nan=-1.0).topk(number).indices
+
+
+def _network(channels: int) -> nn.Sequential:
+    """The policy: α and β before their softplus, [B, 2], equal and for all images the same at first."""
+    last = nn.Linear(256, 2)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, 0.5)
+    return nn.Sequential(
+        *_convolution(channels, 32),
+        *_convolution(32, 64),
+        *_convolution(64, 128),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(2048, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        last,
+    )
 
 
 def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
