@@ -12,7 +12,6 @@ to OUTPUT/runs*.csv; a run that has all its rows is not made again. One process 
 from __future__ import annotations
 
 import copy
-import csv
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
+from training_report import COLUMNS, append_row, read_rows, report
 
 from asyncdiff_pl.callbacks import WeightAverage
 from asyncdiff_pl.data.cifar10 import Cifar10
@@ -56,8 +56,6 @@ COMPARED = ("uniform", "min-snr", "p2", "speed", "speed-sampler", "uncertainty",
 
 TINY = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (), "dropout": 0.0}
 """A network that a CPU trains."""
-
-COLUMNS = ("method", "seed", "minutes", "seconds", "steps", "images", "distance", "pictures", "measure")
 
 FOREVER = 10**9
 """Steps that no run reaches: the clock ends it."""
@@ -193,7 +191,7 @@ def measure(
             found = distance(draw(module, pictures, sample_batch, sample_steps))
             average.on_validation_epoch_end(trainer, module)
             row = (name, seed, mark, f"{seconds:.2f}", steps, steps * batch_size, found, pictures, distance.name)
-            _append(output / f"runs{own and '-' + own}.csv", dict(zip(COLUMNS, row, strict=True)))
+            append_row(output / f"runs{own and '-' + own}.csv", dict(zip(COLUMNS, row, strict=True)))
             print(f"{name}, seed {seed}: {mark:g} min, {steps} steps, {distance.name} {found:.4g}", flush=True)
 
         trainer = Trainer(
@@ -293,92 +291,6 @@ class RealDistance:
         metric.merge(torch.load(self._file, weights_only=True))
         metric.add_bytes(pictures, is_real=False)
         return metric.compute()
-
-
-def read_rows(output: Path) -> list[dict[str, str]]:
-    """All processes' rows; of those of one run and mark the last, since a run that was stopped begins anew."""
-    rows = {}
-    for path in sorted(output.glob("runs*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows |= {(row["method"], row["seed"], row["minutes"]): row for row in csv.DictReader(file)}
-    return list(rows.values())
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def report(output: Path) -> None:
-    """Prints a table of what has been measured, and writes it to OUTPUT/table.md, with a plot in OUTPUT/distance.png.
-
-    Args:
-        output: Folder that `measure` wrote to.
-    """
-    rows = read_rows(output)
-    if not rows:
-        raise ValueError(f"{output} holds no runs*.csv; run `measure` first.")
-    found: dict[str, dict[float, dict[str, float]]] = {}
-    for row in rows:
-        found.setdefault(row["method"], {}).setdefault(float(row["minutes"]), {})[row["seed"]] = float(row["distance"])
-    marks = sorted({mark for of_marks in found.values() for mark in of_marks})
-    lines = [f"{rows[0]['measure']}, {rows[0]['pictures']} pictures: mean (least to most)\n"]
-    lines += [f"| method | seeds | images/s | {' | '.join(f'{mark:g} min' for mark in marks)} | against uniform |"]
-    lines += ["|---|---|---|" + "---|" * (len(marks) + 1)]
-    for name in sorted(found, key=lambda name: _mean(found[name].get(marks[-1], {})) or float("inf")):
-        speeds = [float(row["images"]) / float(row["seconds"]) for row in rows if row["method"] == name]
-        cells = [_cell(found[name].get(mark, {})) for mark in marks]
-        verdict = against(found[name].get(marks[-1], {}), found.get("uniform", {}).get(marks[-1], {}))
-        seeds = max(len(of_mark) for of_mark in found[name].values())
-        lines.append(f"| {name} | {seeds} | {sum(speeds) / len(speeds):,.0f} | {' | '.join(cells)} | {verdict} |")
-    text = "\n".join(lines)
-    print(text)
-    (output / "table.md").write_text(f"{text}\n", encoding="utf-8")
-    _plot(found, rows[0]["measure"], output / "distance.png")
-
-
-def against(own: dict[str, float], other: dict[str, float]) -> str:
-    """Whether each seed of one method, of two or more, beats each of another: a win is claimed only then."""
-    if min(len(own), len(other)) < 2 or own == other:
-        return ""
-    if max(own.values()) < min(other.values()):
-        return "each seed better"
-    return "each seed worse" if min(own.values()) > max(other.values()) else "mixed"
-
-
-def _mean(values: dict[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None
-
-
-def _cell(values: dict[str, float]) -> str:
-    return f"{_mean(values):.2f} ({min(values.values()):.2f} to {max(values.values()):.2f})" if values else ""
-
-
-def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Path) -> None:
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=130)
-    for number, (name, marks) in enumerate(sorted(found.items())):
-        places = sorted(marks)
-        means = [_mean(marks[mark]) for mark in places]
-        ends = [[pick(marks[mark].values()) for mark in places] for pick in (min, max)]
-        (line,) = axes.plot(places, means, marker="o^sDv"[number % 5], markersize=4, linewidth=1.2, label=name)
-        axes.fill_between(places, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xlabel("minutes of training")
-    axes.set_ylabel(title)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

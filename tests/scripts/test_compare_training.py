@@ -5,8 +5,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 import compare_training
-from compare_training import against, build_method, measure, read_rows, report
+from compare_training import build_method, measure
 from torch import nn
+from training_report import COLUMNS, against, read_rows, report
 
 from asyncdiff_pl.training.loss_weights import MinSNRWeight
 from asyncdiff_pl.training.timesteps import AdaptiveTimesteps, SpeeD
@@ -57,11 +58,11 @@ def test_runs_are_measured_at_their_marks_and_not_made_again(tmp_path, capsys, m
 
 def write(path, rows):
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, compare_training.COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for method, seed, minutes, distance in rows:
             row = (method, seed, minutes, 60 * minutes, 100, 12800, distance, 5000, "frechet_distance (x)")
-            writer.writerow(dict(zip(compare_training.COLUMNS, row, strict=True)))
+            writer.writerow(dict(zip(COLUMNS, row, strict=True)))
 
 
 def test_the_table_has_means_and_spreads_of_all_processes_rows(tmp_path):

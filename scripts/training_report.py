@@ -1,0 +1,100 @@
+"""What comparisons of trainings found: the rows of all processes, a table with means and spreads, and a plot."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("method", "seed", "minutes", "seconds", "steps", "images", "distance", "pictures", "measure")
+
+
+def read_rows(output: Path) -> list[dict[str, str]]:
+    """All processes' rows; of those of one run and mark the last, since a run that was stopped begins anew."""
+    rows = {}
+    for path in sorted(output.glob("runs*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows |= {(row["method"], row["seed"], row["minutes"]): row for row in csv.DictReader(file)}
+    return list(rows.values())
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row, and the header to a new file."""
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def report(output: Path) -> None:
+    """Prints a table of what has been measured, and writes it to OUTPUT/table.md, with a plot in OUTPUT/distance.png if
+    matplotlib is installed.
+
+    Args:
+        output: Folder that `measure` wrote to.
+    """
+    rows = read_rows(output)
+    if not rows:
+        raise ValueError(f"{output} holds no runs*.csv; run `measure` first.")
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], {}).setdefault(float(row["minutes"]), {})[row["seed"]] = float(row["distance"])
+    marks = sorted({mark for of_marks in found.values() for mark in of_marks})
+    lines = [f"{rows[0]['measure']}, {rows[0]['pictures']} pictures: mean (least to most)\n"]
+    lines += [f"| method | seeds | images/s | {' | '.join(f'{mark:g} min' for mark in marks)} | against uniform |"]
+    lines += ["|---|---|---|" + "---|" * (len(marks) + 1)]
+    for name in sorted(found, key=lambda name: _mean(found[name].get(marks[-1], {})) or float("inf")):
+        speeds = [float(row["images"]) / float(row["seconds"]) for row in rows if row["method"] == name]
+        cells = [_cell(found[name].get(mark, {})) for mark in marks]
+        verdict = against(found[name].get(marks[-1], {}), found.get("uniform", {}).get(marks[-1], {}))
+        seeds = max(len(of_mark) for of_mark in found[name].values())
+        lines.append(f"| {name} | {seeds} | {sum(speeds) / len(speeds):,.0f} | {' | '.join(cells)} | {verdict} |")
+    text = "\n".join(lines)
+    print(text)
+    (output / "table.md").write_text(f"{text}\n", encoding="utf-8")
+    # machines that train may lack it; the rows can be brought elsewhere
+    if importlib.util.find_spec("matplotlib") is not None:
+        _plot(found, rows[0]["measure"], output / "distance.png")
+
+
+def against(own: dict[str, float], other: dict[str, float]) -> str:
+    """Whether each seed of one method, of two or more, beats each of another: a win is claimed only then."""
+    if min(len(own), len(other)) < 2 or own == other:
+        return ""
+    if max(own.values()) < min(other.values()):
+        return "each seed better"
+    return "each seed worse" if min(own.values()) > max(other.values()) else "mixed"
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None
+
+
+def _cell(values: dict[str, float]) -> str:
+    return f"{_mean(values):.2f} ({min(values.values()):.2f} to {max(values.values()):.2f})" if values else ""
+
+
+def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=130)
+    for number, (name, marks) in enumerate(sorted(found.items())):
+        places = sorted(marks)
+        means = [_mean(marks[mark]) for mark in places]
+        ends = [[pick(marks[mark].values()) for mark in places] for pick in (min, max)]
+        (line,) = axes.plot(places, means, marker="o^sDv"[number % 5], markersize=4, linewidth=1.2, label=name)
+        axes.fill_between(places, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel(title)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
