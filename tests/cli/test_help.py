@@ -10,7 +10,7 @@ import pytest
 
 from asyncdiff_pl.cli.command import OTHERS, SETTINGS, run
 from asyncdiff_pl.cli.help import PREDICT, settings_parser
-from asyncdiff_pl.cli.overview import TRAINING, overview, packaged_configs
+from asyncdiff_pl.cli.overview import is_training, overview, packaged_configs
 
 SURFACE = {
     "model": {
@@ -64,6 +64,7 @@ SURFACE = {
     "clip_score": {"model": "openai/clip-vit-base-patch32", "batch_size": 16, "dtype": "float32"},
     "reference_metrics": {"folder": None, "ssim": True, "lpips": None},
     "frechet_distance": {"real": None, "features": "inception", "max_real": None},
+    "precision_recall": {"real": None, "features": "vgg16-397923af.pth", "max_real": 10000, "neighbours": 3},
     "step_latency": {},
     "device_stats": {"interval": 0.5},
     "traffic": {},
@@ -140,7 +141,7 @@ def test_other_classes_are_explained_by_what_they_have_beyond_the_first(text, pl
 def test_all_that_is_known_of_the_configs_is_shown(text):
     for name in packaged_configs():
         for place in (overview(), text):
-            if place == text and name.startswith(TRAINING):
+            if place == text and is_training(name):
                 continue  # `fit --help` shows it
             (line,) = [line for line in place.splitlines() if line.startswith(f"  {name} ")]
             assert len(line.split()) > 5
