@@ -30,8 +30,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def report(output: Path) -> None:
-    """Prints a table of what has been measured, and writes it to OUTPUT/table.md, with a plot in OUTPUT/distance.png if
-    matplotlib is installed.
+    """Prints a table of what has been measured, and writes OUTPUT/table.md; with matplotlib OUTPUT/distance.png too.
 
     Args:
         output: Folder that `measure` wrote to.
