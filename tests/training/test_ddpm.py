@@ -107,7 +107,7 @@ def test_networks_that_cannot_be(settings, sentence):
 
 
 def test_pictures_of_another_size():
-    with pytest.raises(ValueError, match="pictures of 8 x 16 pixels, and model.size is 8; make them equal"):
+    with pytest.raises(ValueError, match=r"pictures of 8 x 16 pixels, and model\.size is 8; make them equal"):
         build().loss({"frames": torch.zeros(2, 1, 3, 8, 16)})
 
 
