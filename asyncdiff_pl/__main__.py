@@ -27,6 +27,11 @@ def main() -> None:
 
             run_compare(arguments[1:])
             return
+        if arguments[0] == "report":
+            from asyncdiff_pl.cli.report import run_report
+
+            run_report(arguments[1:])
+            return
         from asyncdiff_pl.cli.command import run
 
         run(arguments)

@@ -92,14 +92,14 @@ def load_tools(lpips: str | None, features: str | None, neighbours: str | None, 
 
 
 def measure_pair(first: PictureSet, second: PictureSet, keys: tuple[Key, Key], tools: Tools) -> Row:
-    """All numbers of one pair, as a row of compare_samples.csv."""
+    """All numbers of one pair, as a row of compare_samples.csv; times and scores alone where frames are missing."""
     (n, name), (m, _) = keys
     row = {"steps": steps_text(n, m), "id": name}
     rows = [part.rows.get(key, {}) for part, key in zip((first, second), keys, strict=True)]
     for which, own in zip("ab", rows, strict=True):
         for column in TIMES:
             row[f"{column}_{which}"] = own.get(column, "") if own.get("timed") == "True" else ""
-    frames = [part.frames(key) for part, key in zip((first, second), keys, strict=True)]
+    frames = [part.frames(key) if key in part.files else [] for part, key in zip((first, second), keys, strict=True)]
     if tools.clip is not None:
         texts = first.captions.get(name) or second.captions.get(keys[1][1])
         scores = [cell(tools.clip[1](part, texts).item()) if texts else "" for part in frames]
@@ -107,7 +107,7 @@ def measure_pair(first: PictureSet, second: PictureSet, keys: tuple[Key, Key], t
     else:
         scores, scorers = ([own.get(column, "") for own in rows] for column in ("score", "scorer"))
     row |= {"score_a": scores[0], "score_b": scores[1], "scorer_a": scorers[0], "scorer_b": scorers[1]}
-    if len(frames[0]) != len(frames[1]):
+    if len(frames[0]) != len(frames[1]) or not frames[0]:
         return row
     smallest = min(frames[0][0].size)
     network = tools.lpips if smallest >= SMALLEST else None

@@ -106,6 +106,11 @@ def test_networks_that_cannot_be(settings, sentence):
         DDPM(**TINY | settings)
 
 
+def test_pictures_of_another_size():
+    with pytest.raises(ValueError, match=r"pictures of 8 x 16 pixels, and model\.size is 8; make them equal"):
+        build().loss({"frames": torch.zeros(2, 1, 3, 8, 16)})
+
+
 # -- a run that is stopped --------------------------------------------------------------------------------------
 
 

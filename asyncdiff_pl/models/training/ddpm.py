@@ -140,11 +140,21 @@ class DDPM(NetworkTraining):
 
     @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        self._latest = clean = clean_pictures(batch)
+        self._latest = clean = self._clean(batch)
         timesteps, shares = self.timesteps.draw(clean)
         losses = self._errors(timesteps, clean, torch.randn_like(clean))
         self.timesteps.update(timesteps, losses.detach())
         return {"loss": (shares * self.weight.weight(losses, timesteps)).mean(), "mse": losses.mean()}
+
+    def _clean(self, batch: Batch) -> Tensor:
+        """Pictures [B, 3, H, W] from −1 to 1: the first frames of a batch."""
+        pictures, size = batch["frames"][:, 0], self.network.config.sample_size
+        if pictures.shape[-2:] != (size, size):
+            height, width = pictures.shape[-2:]
+            raise ValueError(
+                f"The data has pictures of {height} x {width} pixels, and model.size is {size}; make them equal."
+            )
+        return pictures * 2 - 1
 
     def _errors(self, timesteps: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
         """The mean square error of the prediction for each picture [B], float32."""
@@ -187,7 +197,7 @@ class DDPM(NetworkTraining):
 
     @override
     def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        clean = clean_pictures(batch)
+        clean = self._clean(batch)
         with drawn_from(number, clean.device):
             # all timesteps evenly, whatever the training's are
             timesteps = (spread_uniform(len(clean), clean.device) * len(self.noise)).long()
@@ -218,8 +228,3 @@ class DDPM(NetworkTraining):
         network = copy.deepcopy(self.network).float().cpu().to(memory_format=torch.contiguous_format)
         with quiet_libraries():
             DDPMPipeline(unet=network.eval().requires_grad_(False), scheduler=self.scheduler).save_pretrained(folder)
-
-
-def clean_pictures(batch: Batch) -> Tensor:
-    """Pictures [B, 3, H, W] from −1 to 1: the first frames of a batch."""
-    return batch["frames"][:, 0] * 2 - 1
