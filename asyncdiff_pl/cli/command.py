@@ -278,6 +278,19 @@ def _check_data(model: LightningModule, datamodule: LightningDataModule) -> None
     """Tells before anything is loaded that a pipeline does not take pictures of the data's size, or its values."""
     if hasattr(model, "check_inputs") and hasattr(datamodule, "input_names"):
         model.check_inputs(datamodule.input_names)
+    check_size(model, datamodule)
+
+
+def check_size(model: LightningModule, datamodule: LightningDataModule) -> None:
+    """Tells that a pipeline does not take pictures of the data's size.
+
+    Args:
+        model: What runs, or would.
+        datamodule: Where its samples come from.
+
+    Raises:
+        ValueError: It does not.
+    """
     multiple = getattr(model, "size_multiple", None)
     if not multiple:
         return

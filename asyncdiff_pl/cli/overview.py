@@ -9,6 +9,9 @@ import yaml
 TRAINING = "train"
 """Tells the configs for `fit` from those for `predict`; see `list_configs`."""
 
+SWEEP = "sweep_"
+"""What the names of the configs for `sweep` start with: they are of another form."""
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the packaged configs."""
 
@@ -35,12 +38,24 @@ and what two runs made, or two folders of pictures, is compared:
 
   {PROGRAM} compare A B [--SETTING VALUE ...]
 
+and many layouts are run over the same samples, by a CONFIG of these, and reported:
+
+  {PROGRAM} sweep --config CONFIG [--SETTING VALUE ...]
+  {PROGRAM} report RUN... [--SETTING VALUE ...]
+
+{_lines(packaged_sweeps())}
+
+and which layouts fit which GPUs, with what each would gain, is foreseen, on any computer:
+
+  {PROGRAM} plan --config CONFIG [--gpus N ...] [--SETTING VALUE ...]
+
   try it, on any computer                  {PROGRAM} predict --config demo
   check all input, foresee time and disk   {PROGRAM} predict --config CONFIG --dry-run
   go on with a run that was stopped        {PROGRAM} predict --resume LOG_FOLDER
   all settings, with units and defaults    {PROGRAM} predict --help
   the same for training                    {PROGRAM} fit --help
-  and for comparisons                      {PROGRAM} compare --help"""
+  and for comparisons                      {PROGRAM} compare --help
+  and for plans                            {PROGRAM} plan --help"""
 
 
 def list_configs(kind: str = "") -> str:
@@ -49,7 +64,11 @@ def list_configs(kind: str = "") -> str:
     Args:
         kind: `TRAINING` for those that `fit` takes; empty for those that `predict` takes.
     """
-    names = [name for name in packaged_configs() if is_training(name) == (kind == TRAINING)]
+    return _lines([name for name in packaged_configs() if is_training(name) == (kind == TRAINING)])
+
+
+def _lines(names: list[str]) -> str:
+    """A line for each config: name and first comment."""
     width = max(map(len, names))
     comments = ((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0] for name in names)
     return "\n".join(f"  {name:{width}}  {text.strip('# ')}" for name, text in zip(names, comments, strict=True))
@@ -61,7 +80,16 @@ def is_training(name: str) -> bool:
 
 
 def packaged_configs() -> list[str]:
-    """Names of the packaged configs."""
+    """Names of the packaged configs for `predict` and `fit`."""
+    return [name for name in _all_configs() if not name.startswith(SWEEP)]
+
+
+def packaged_sweeps() -> list[str]:
+    """Names of the packaged configs for `sweep`."""
+    return [name for name in _all_configs() if name.startswith(SWEEP)]
+
+
+def _all_configs() -> list[str]:
     return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -112,8 +140,9 @@ def _check_subcommand(subcommand: str, path: str) -> None:
     if not file.is_relative_to(packaged):
         return
     name = file.relative_to(packaged).with_suffix("").as_posix()
-    own = "fit" if is_training(name) else "predict"
-    if subcommand in ("fit", "predict") and subcommand != own:
+    own = "sweep" if name.startswith(SWEEP) else "fit" if is_training(name) else "predict"
+    takes = {"plan": "predict"}.get(subcommand, subcommand)
+    if takes in ("fit", "predict", "sweep") and takes != own:
         raise ValueError(f"{name} is a config of `{own}`: {PROGRAM} {own} --config {name}.")
 
 

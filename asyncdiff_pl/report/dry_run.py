@@ -217,14 +217,14 @@ def _exact_steps(strategy: Any, module: LightningModule, num_steps: int) -> tupl
         return exact, exact
     if getattr(strategy, "stages", 1) == 1:
         return num_steps, num_steps
-    span = span_of(strategy.warm_up, _noise_levels(module, num_steps))
+    span = span_of(strategy.warm_up, noise_before(module, num_steps))
     most = num_steps if span.most is None else span.most
     refresh_every = strategy.refresh_every
     fewest, most = (count_exact(min(n, num_steps), refresh_every, num_steps) for n in (span.fewest, most))
     return fewest, most
 
 
-def _noise_levels(module: LightningModule, num_steps: int) -> Callable[[], list[float]] | None:
+def noise_before(module: LightningModule, num_steps: int) -> Callable[[], list[float]] | None:
     """Gives the noise before each step; None where the scheduler cannot be known before the run."""
     folder = find_folder(module.pretrained)
     if folder is None:
