@@ -33,7 +33,7 @@ def environment(runs: Sequence[Run]) -> dict[str, str]:
             if value and value not in found[name]:
                 found[name].append(value)
     memory = {row["memory"] for run in runs for row in read_table(run.folder / "devices.csv")}
-    found["peak memory is what is"] = sorted(memory)
+    found["peak memory"] = sorted(memory)
     return {name: ", ".join(values) for name, values in found.items() if values}
 
 
