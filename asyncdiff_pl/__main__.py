@@ -42,6 +42,11 @@ def main() -> None:
 
             run_sweep(arguments[1:])
             return
+        if arguments[0] == "test":
+            from asyncdiff_pl.cli.test import run_test
+
+            run_test(arguments[1:])
+            return
         from asyncdiff_pl.cli.command import run
 
         run(arguments)

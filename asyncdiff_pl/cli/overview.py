@@ -12,6 +12,9 @@ TRAINING = "train"
 SWEEP = "sweep_"
 """What the names of the configs for `sweep` start with: they are of another form."""
 
+CHECKED = ("validate", "test")
+"""Subcommands that take a checkpoint."""
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the packaged configs."""
 
@@ -28,9 +31,11 @@ asyncdiff_pl: diffusion models on several GPUs at once, each sample timed and sc
 CONFIG is a YAML file, or the name of one that comes with the package:
 {list_configs()}
 
-and small networks are trained, by a CONFIG of these:
+and small networks are trained, by a CONFIG of these, and checked; of a DDPM's pictures FID, precision and recall:
 
   {PROGRAM} fit --config CONFIG [--SETTING VALUE ...]
+  {PROGRAM} validate --config CONFIG [--ckpt_path RUN]
+  {PROGRAM} test --config CONFIG [--ckpt_path RUN]
 
 {list_configs(TRAINING)}
 
@@ -114,12 +119,22 @@ def with_named_configs(arguments: list[str]) -> list[str]:
         if name == "--config":
             _check_subcommand(arguments[0], given[name])
         found[at : at + 2 - len(equals)] = [f"{name}={given[name]}"] if equals else [name, given[name]]
+    if arguments[0] in CHECKED and not given and "--ckpt_path" in found:
+        found[1:1] = _config_beside(found)
     if "--resume" in given and "--config" not in given:
         config = Path(given["--resume"]) / "config.yaml"
         if not config.is_file():
             raise ValueError(f"{config.parent} holds no config.yaml; add the `--config` that the run was started with.")
         found[1:1] = ["--config", str(config)]
     return found
+
+
+def _config_beside(arguments: list[str]) -> list[str]:
+    """The config of the run that a checkpoint is of, as arguments; none where it has no log folder."""
+    at = arguments.index("--ckpt_path") + 1
+    path = Path(*arguments[at : at + 1]).expanduser().resolve()
+    configs = [folder / "config.yaml" for folder in (path, *path.parents[:2])]
+    return next((["--config", str(config)] for config in configs if config.is_file()), [])
 
 
 def find_config(name: str) -> str:
@@ -141,7 +156,7 @@ def _check_subcommand(subcommand: str, path: str) -> None:
         return
     name = file.relative_to(packaged).with_suffix("").as_posix()
     own = "sweep" if name.startswith(SWEEP) else "fit" if is_training(name) else "predict"
-    takes = {"plan": "predict"}.get(subcommand, subcommand)
+    takes = {"plan": "predict", "validate": "fit", "test": "fit"}.get(subcommand, subcommand)
     if takes in ("fit", "predict", "sweep") and takes != own:
         raise ValueError(f"{name} is a config of `{own}`: {PROGRAM} {own} --config {name}.")
 
