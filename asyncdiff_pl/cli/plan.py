@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from asyncdiff_pl.cli.command import Command, Parser, check_size
+from asyncdiff_pl.cli.messages import one_sentence
 from asyncdiff_pl.cli.overview import PROGRAM
 from asyncdiff_pl.parallel.foreseen import LINKS, Link
 from asyncdiff_pl.report.plan import Plan
@@ -45,7 +46,7 @@ class PlanCommand(Command):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--gpus", type=int, nargs="+", default=None)
+        parser.add_argument("--gpus", type=str, nargs="+", default=None)
         parser.add_argument("--link", type=str, default="nvlink")
         parser.add_argument("--bandwidth", type=float | None, default=None)
         parser.add_argument("--step_ms", type=float | None, default=None)
@@ -57,7 +58,10 @@ class PlanCommand(Command):
 
     @override
     def instantiate_classes(self) -> None:
-        found = self.parser.instantiate_classes(self.config)[self.subcommand]
+        try:
+            found = self.parser.instantiate_classes(self.config)[self.subcommand]
+        except ValueError as error:
+            raise ValueError(one_sentence(str(error))) from error
         self.model, self.datamodule, self.strategy = found.model, found.data, found.trainer.strategy
 
     @override
@@ -68,10 +72,7 @@ class PlanCommand(Command):
     def _run_subcommand(self, subcommand: str) -> None:
         config = self.config[subcommand]
         num_nodes = config.trainer.num_nodes
-        gpus = config.gpus or [_gpus(config.trainer)]
-        for number in gpus:
-            if number < 1:
-                raise ValueError(f"gpus is {number}; give numbers from 1 up.")
+        gpus = _gpus(config)
         if config.step_ms is not None and config.step_ms <= 0:
             raise ValueError(f"step_ms is {config.step_ms}; give a number of milliseconds above 0.")
         size = picture_size(self.datamodule)
@@ -107,12 +108,16 @@ def run_plan(arguments: list[str]) -> None:
     )
 
 
-def _gpus(trainer: Namespace) -> int:
-    """GPUs that a config asks for."""
-    asked = str(trainer.devices)
-    if not re.fullmatch(r"[1-9]\d*", asked):
-        raise ValueError(f"trainer.devices is {asked}, which does not say how many GPUs there are: give `--gpus N`.")
-    return int(asked) * trainer.num_nodes
+def _gpus(config: Namespace) -> list[int]:
+    """Numbers of GPUs that are asked for, or that a config has."""
+    asked = config.gpus or [str(config.trainer.devices)]
+    for number in asked:
+        if re.fullmatch(r"[1-9]\d*", number):
+            continue
+        if config.gpus:
+            raise ValueError(f"gpus is {number}; give numbers from 1 up.")
+        raise ValueError(f"trainer.devices is {number}, which does not say how many GPUs there are: give `--gpus N`.")
+    return [int(number) * (1 if config.gpus else config.trainer.num_nodes) for number in asked]
 
 
 def _link(name: str, bandwidth: float | None) -> Link:

@@ -188,8 +188,8 @@ def _time(
         steps = sum(count * (exact[n][bound] + (n - exact[n][bound]) * share) for n, count in left.items())
         times.append(_duration(calls * steps * cost.flops / rate))
     return (
-        f"about {' to '.join(dict.fromkeys(times))} in the denoiser ({_flops(cost.flops)} a call, "
-        f"{_flops(rate)}/s a rank); encoders, decoding and scores come on top"
+        f"about {' to '.join(dict.fromkeys(times))} in the denoiser ({operations(cost.flops)} a call, "
+        f"{operations(rate)}/s a rank); encoders, decoding and scores come on top"
     )
 
 
@@ -270,7 +270,8 @@ def _bytes(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
-def _flops(number: float) -> str:
+def operations(number: float) -> str:
+    """A number of operations for people."""
     return f"{number / 1e12:.3g} TFLOP" if number >= 1e11 else f"{number / 1e9:.3g} GFLOP"
 
 

@@ -18,7 +18,7 @@ from asyncdiff_pl.parallel.foreseen import Foreseen, Link, Terms, layout_name
 from asyncdiff_pl.parallel.layout import Layout
 from asyncdiff_pl.parallel.planning import Planner, layouts_for
 from asyncdiff_pl.parallel.warm_up import span_of
-from asyncdiff_pl.report.dry_run import noise_before
+from asyncdiff_pl.report.dry_run import noise_before, operations
 from asyncdiff_pl.strategies import AsyncDiffStrategy, PatchStrategy, StepParallelStrategy
 
 MIB, GIB = 2**20, 2**30
@@ -127,7 +127,7 @@ class Plan:
         module, work, link = self.module, self.planner.work(), self.link
         counts = module.num_inference_steps
         height, width = self._size
-        flops, units = f"{work.flops / 1e12:.3g} TFLOP", len(work.graph.units)
+        flops, units = operations(work.flops), len(work.graph.units)
         lines = [
             f"model    {module.pretrained}, {width}x{height}, {str(module.torch_dtype).removeprefix('torch.')}",
             f"step     {flops} in {units} units, {work.weight_bytes / GIB:.3g} GiB of weights, "
@@ -274,8 +274,9 @@ def terms_of(strategy: Any, module: LightningModule) -> Terms:
 
 
 def _own_layout(strategy: Any) -> Layout | None:
-    """The layout of a config's strategy; None where it has none, or one that is not foreseen."""
-    if not isinstance(strategy, AsyncDiffStrategy | PatchStrategy | StepParallelStrategy):
+    """The layout of a config's strategy; None where it has none yet, or one that is not foreseen."""
+    is_known = isinstance(strategy, AsyncDiffStrategy | PatchStrategy | StepParallelStrategy)
+    if not is_known or getattr(strategy, "layout", None) == "auto":
         return None
     names = ("stages", "stride", "cfg", "patches", "steps")
     return Layout(**{name: getattr(strategy, name) for name in names if hasattr(strategy, name)})
