@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 from asyncdiff_pl.cli.command import Command, Parser, check_size
@@ -33,6 +35,10 @@ is loaded or measured, and no GPU is needed.
   --csv FILE            write the plan as numbers, with the cuts, in full
 
 All settings of `predict` count here too: {PROGRAM} predict --help."""
+
+
+SETTING = {"AsyncDiffStrategy": "stages", "PatchStrategy": "patches", "StepParallelStrategy": "steps"}
+"""A setting of each strategy: a class's name alone is taken for a name of Lightning's."""
 
 
 class PlanCommand(Command):
@@ -62,7 +68,7 @@ class PlanCommand(Command):
             found = self.parser.instantiate_classes(self.config)[self.subcommand]
         except ValueError as error:
             raise ValueError(one_sentence(str(error))) from error
-        self.model, self.datamodule, self.strategy = found.model, found.data, found.trainer.strategy
+        self.model, self.datamodule, self.strategy = found.model, found.data, _strategy(found.trainer.strategy)
 
     @override
     def after_instantiate_classes(self) -> None:
@@ -118,6 +124,18 @@ def _gpus(config: Namespace) -> list[int]:
             raise ValueError(f"gpus is {number}; give numbers from 1 up.")
         raise ValueError(f"trainer.devices is {number}, which does not say how many GPUs there are: give `--gpus N`.")
     return [int(number) * (1 if config.gpus else config.trainer.num_nodes) for number in asked]
+
+
+def _strategy(given: Any) -> Any:
+    """The strategy of a config: an object, or one that Lightning knows by a name."""
+    if not isinstance(given, str) or given == "auto":
+        return given
+    if given not in StrategyRegistry:
+        raise ValueError(
+            f"trainer.strategy is {given}, which is no strategy's name: give one of its settings as well "
+            f"(`--trainer.strategy.{SETTING.get(given, 'SETTING')} VALUE`), or auto."
+        )
+    return StrategyRegistry.get(given)
 
 
 def _link(name: str, bandwidth: float | None) -> Link:

@@ -40,7 +40,7 @@ def test_a_config_of_gpus_that_are_not_here(plan, tmp_path):
 
 
 def test_numbers_of_gpus_and_another_strategy(plan):
-    out = plan("--gpus", "2", "3", "--bandwidth", "50", "--trainer.strategy", "StepParallelStrategy")
+    out = plan("--gpus", "2", "3", "--bandwidth", "50", "--trainer.strategy", "steps")
     assert "50 GB/s where ranks wait, 50 beside" in out
     assert [line for line in out.splitlines() if line.endswith("GPUs")] == ["2 GPUs", "3 GPUs"]
     assert [line.split("  ")[0] for line in out.splitlines() if line[:2] == "* "] == ["* 2 steps"]
@@ -54,6 +54,7 @@ def test_numbers_of_gpus_and_another_strategy(plan):
         (("--link", "ethernet"), "^link is ethernet; give nvlink or pcie, or a bandwidth in GB/s"),
         (("--bandwidth", "0"), "^bandwidth is 0.0 GB/s; give a number above 0"),
         (("--step_ms", "-1"), "^step_ms is -1.0; give a number of milliseconds above 0"),
+        (("--trainer.strategy", "PatchStrategy"), "no strategy's name: give one .*strategy.patches VALUE"),
         (("--data.height", "70"), "^data.height is 70 pixels; the model takes multiples of"),
         (("--trainer.strategy.stages", "9"), "stages is 9; it must be from 1 to 8"),
         (("--trainer.devices", "3", "--gpus", "3", "--trainer.num_nodes", "2"), "^3 GPUs cannot be shared out evenly"),
