@@ -78,7 +78,7 @@ EXPLAINED = {
     PREDICT.usage: (PREDICT, SETTINGS, OTHERS),
     FIT.usage: (FIT, TRAINING_SETTINGS, TRAINING_OTHERS),
     VALIDATE.usage: (VALIDATE, {"data": data.Cifar10}, {}),
-    TEST.usage: (TEST, {"test": PictureTest, "data": data.Cifar10}, {}),
+    TEST.usage: (TEST, {"pictures": PictureTest, "data": data.Cifar10}, {}),
 }
 """What the help of each subcommand is made of, by its usage."""
 
@@ -93,7 +93,7 @@ class Parser(LightningArgumentParser):
         says, settings, others = EXPLAINED[self.usage]
         groups = self._action_groups
         # `fit --help` explains the callbacks of training, `test --help` what is tested
-        hidden = {"model", "test", *TRAINING_CALLBACKS}
+        hidden = {"model", "pictures", *TRAINING_CALLBACKS}
         self._action_groups = sections(self, says, {key.partition(".")[0] for key in settings} | hidden)
         try:
             return explain(super().format_help(*args), says, settings, others)
@@ -169,7 +169,7 @@ class Command(LightningCLI):
         for key, kind in (TRAINING_CALLBACKS if is_training else CALLBACKS).items():
             parser.add_lightning_class_args(kind, key)
         if is_training:
-            parser.add_class_arguments(PictureTest, "test")
+            parser.add_class_arguments(PictureTest, "pictures")
         if self._prepared == "validate":
             parser.add_lightning_class_args(callbacks.ValidationTable, "table")
         parser.add_argument(

@@ -27,7 +27,7 @@ class TestCommand(Command):
     @override
     def instantiate_classes(self) -> None:
         found = self.parser.instantiate_classes(self.config)["test"]
-        self.model, self.datamodule, self.settings = found.model, found.data, found.test
+        self.model, self.datamodule, self.settings = found.model, found.data, found.pictures
 
     @override
     def after_instantiate_classes(self) -> None:
