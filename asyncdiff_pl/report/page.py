@@ -38,12 +38,13 @@ dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; } dd { mar
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 PLOTS = {
-    "pareto_score": "Time of a sample against its score. The line joins what nothing else beats in both.",
-    "pareto_psnr": "Time of a sample against how near its pictures are to one device's, which is not among them: its "
-    "own are the same.",
+    "pareto_score": "Time of a sample against its score; the line joins what nothing else beats in both. Bars are "
+    "standard errors over the samples: how layouts differ on the same samples is known better: see the table.",
+    "pareto_psnr": "Time of a sample against how near its pictures are to those of one device with as many steps, "
+    "which is not among them. Lines join what nothing else with as many steps beats in both.",
     "steps_score": "Score over the number of steps.",
     "steps_seconds": "Time of a sample over the number of steps.",
-    "step_latency": "Time of each step of a sample: the exact ones first.",
+    "step_latency": "Time of each step of a sample, at the largest number of steps.",
 }
 """What is said under each plot."""
 
