@@ -133,7 +133,7 @@ def _cell(
     base: Mapping[str, Any],
     folder: Path,
 ) -> Cell:
-    given = {**_defaults(entry["class_path"]), **arguments}
+    given = {**defaults_of(entry["class_path"]), **arguments}
     layout = Layout(**{axis: given.get(setting) or 1 for setting, axis in AXES.items()})
     devices = entry.get("devices") or (1 if given.get("simulate") else layout.pipeline_ranks)
     config = copy.deepcopy(dict(base))
@@ -153,8 +153,15 @@ def _cell(
     return Cell(name, steps, devices, config)
 
 
-def _defaults(class_path: str) -> dict[str, Any]:
-    """Settings of a strategy that go without saying."""
+def defaults_of(class_path: str) -> dict[str, Any]:
+    """Settings of a strategy that go without saying.
+
+    Args:
+        class_path: Full name of its class.
+
+    Raises:
+        ValueError: There is no such class.
+    """
     module, _, name = class_path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
