@@ -27,10 +27,25 @@ def main() -> None:
 
             run_compare(arguments[1:])
             return
+        if arguments[0] == "plan":
+            from asyncdiff_pl.cli.plan import run_plan
+
+            run_plan(arguments[1:])
+            return
         if arguments[0] == "report":
             from asyncdiff_pl.cli.report import run_report
 
             run_report(arguments[1:])
+            return
+        if arguments[0] == "sweep":
+            from asyncdiff_pl.cli.sweep import run_sweep
+
+            run_sweep(arguments[1:])
+            return
+        if arguments[0] == "test":
+            from asyncdiff_pl.cli.test import run_test
+
+            run_test(arguments[1:])
             return
         from asyncdiff_pl.cli.command import run
 

@@ -17,6 +17,7 @@ from asyncdiff_pl.callbacks.traffic import Traffic
 from asyncdiff_pl.callbacks.training_progress import TrainingProgressBar
 from asyncdiff_pl.callbacks.training_state import TrainingState
 from asyncdiff_pl.callbacks.trajectory_writer import TrajectoryWriter
+from asyncdiff_pl.callbacks.validation_table import ValidationTable
 
 __all__ = [
     "CLIPScore",
@@ -35,5 +36,6 @@ __all__ = [
     "TrainingProgressBar",
     "TrainingState",
     "TrajectoryWriter",
+    "ValidationTable",
     "WeightAverage",
 ]

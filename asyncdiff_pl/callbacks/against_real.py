@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from asyncdiff_pl.callbacks.real_pictures import RealPictures, read_statistics, statistics_file, write_statistics
+from asyncdiff_pl.callbacks.real_pictures import CHUNK, RealPictures, read_statistics, statistics_file, write_statistics
 from asyncdiff_pl.callbacks.roles import data_rank, data_size, gather, is_leader, log_folder, tensorboard
-from asyncdiff_pl.callbacks.written_frames import frames_of, read_frames
+from asyncdiff_pl.callbacks.written_frames import frames_of, read_archived, read_frames
 from asyncdiff_pl.metrics.frechet import FrechetDistance
 from asyncdiff_pl.metrics.networks import MissingNetwork
 from asyncdiff_pl.metrics.precision_recall import PrecisionRecall
@@ -29,7 +29,8 @@ class AgainstReal(Callback):
     """Measures what was generated against real pictures, for each step count; a subclass says what is measured.
 
     All frames of a sample count. What is needed of the real pictures is kept in the cache folder. A run that goes on
-    takes the frames that it wrote before as well; if some were not written as PNG, nothing is measured.
+    takes the frames that it wrote before as well; if some were written neither as PNG nor in an archive, nothing is
+    measured.
 
     Args:
         real: Where the real pictures are; None measures nothing.
@@ -187,16 +188,23 @@ class AgainstReal(Callback):
         """Adds the samples that earlier runs into this folder made; False if their frames are not all there."""
         assert self._folder is not None
         done = {name for callback in trainer.callbacks for n, name in getattr(callback, "done", ()) if n == steps}
-        for count, name in enumerate(sorted(done)):
+        archived = read_archived(self._folder, steps) if done else {}
+        left = []
+        for name in sorted(done):
+            if name in archived:
+                left.append(archived[name])
+                continue
             files = frames_of(self._folder, steps, name)
             if not files:
                 log.warning(
                     "There is no %s for %d steps: of the %d samples that were made before, those from %s on have no "
                     "frames as PNG in %s.",
-                    *(self.title, steps, len(done), sorted(done)[count], self._folder),
+                    *(self.title, steps, len(done), name, self._folder),
                 )
                 return False
             total.add(read_frames(files), is_real=False)
+        for start in range(0, len(left), CHUNK):
+            total.add(left[start : start + CHUNK], is_real=False)
         return True
 
     @override

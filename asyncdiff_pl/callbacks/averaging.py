@@ -35,6 +35,12 @@ class WeightAverage(WeightAveraging):
             # it is asked for its value in each step
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # without training the module has the average itself, which checkpoints hold as the weights
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
     @torch.no_grad()
     def _average(self, averages: Any, weights: Any, _: Tensor | int) -> None:
         steps = self._latest_update_step

@@ -21,6 +21,10 @@ from asyncdiff_pl.models.base import Prediction
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 
 
+LINES = 8
+"""Samples of a batch that have a line each in a log file; where there are more, the batch has one."""
+
+
 class Measured(NamedTuple):
     """A batch that is done: its samples, its steps, the seconds in them and the seconds outside of them."""
 
@@ -84,7 +88,7 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
 
     The time left is about all samples of the group that are still to be made, each with its own step count. Steps count
     when the device is through with them, which on a GPU is after the CPU is. Where the output is no terminal there is
-    one line a sample.
+    one line a sample, and for a batch of more than 8 samples one line in all.
 
     Args:
         refresh_seconds: Least time in s between two updates of the bar.
@@ -205,7 +209,11 @@ class DiffusionProgressBar(TQDMProgressBar, TrajectoryListener):
         self._batch_end = now
         self._made += len(outputs)
         self._draw()
-        if not self._file.isatty():
+        if not self._file.isatty() and len(outputs) > LINES:
+            first, last = outputs[0], outputs[-1]
+            what = f"{first.sample.id} to {last.sample.id} ({first.steps} steps): {first.seconds:.3g} s each"
+            print(f"{self._made}/{self._total} {what}, {self._status()}", file=self._file, flush=True)
+        elif not self._file.isatty():
             for number, prediction in enumerate(outputs, start=self._made - len(outputs) + 1):
                 what = f"{prediction.sample.id} ({prediction.steps} steps): {prediction.seconds:.2f} s"
                 print(f"{number}/{self._total} {what}, {self._status()}", file=self._file, flush=True)

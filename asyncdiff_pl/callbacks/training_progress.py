@@ -92,7 +92,7 @@ class TrainingProgressBar(ProgressBar):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._paused += time.monotonic() - self._validation_started
         if self._enabled and trainer.is_global_zero:

@@ -1,10 +1,11 @@
-"""Where the frames that a run wrote are, by step count and id: what `FrameWriter` writes, found again."""
+"""Where the frames that a run wrote are, by step count and id: what its callbacks write, found again."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+import numpy as np
 from PIL import Image
 
 Files = list[Path]
@@ -51,3 +52,18 @@ def read_frames(files: Files) -> list[Image.Image]:
         with Image.open(path) as picture:
             frames.append(picture.convert("RGB"))
     return frames
+
+
+def read_archived(folder: Path, steps: int) -> dict[str, Image.Image]:
+    """The pictures that `PictureArchive` wrote, by id: those put together, and those of a run that was stopped.
+
+    Args:
+        folder: Log folder of the run.
+        steps: Step count.
+    """
+    found = {}
+    for file in sorted((folder / "pictures").glob(f"steps={steps}.*npz")):
+        with np.load(file) as arrays:
+            images, ids = arrays["images"], arrays["id"]
+        found |= {str(name): Image.fromarray(pixels) for name, pixels in zip(ids, images, strict=True)}
+    return found

@@ -16,8 +16,10 @@ from typing_extensions import override
 
 from asyncdiff_pl import callbacks, data, models, strategies
 from asyncdiff_pl.callbacks.training_state import CHECKPOINT
-from asyncdiff_pl.cli.help import FIT, PREDICT, explain, sections
+from asyncdiff_pl.cli.checkpoints import find_checkpoint, read_checkpoint
+from asyncdiff_pl.cli.help import FIT, PREDICT, TEST, VALIDATE, explain, sections
 from asyncdiff_pl.cli.messages import one_sentence
+from asyncdiff_pl.cli.picture_test import PictureTest
 from asyncdiff_pl.data.scene_clips import SceneClips
 from asyncdiff_pl.models.training import DDPM, VideoDenoiserTraining
 from asyncdiff_pl.models.training.optimizer import check_steps
@@ -69,9 +71,14 @@ TRAINING_SETTINGS = {"model": VideoDenoiserTraining, "data": SceneClips, **TRAIN
 TRAINING_OTHERS = {"model": [DDPM], "data": [data.Cifar10]}
 """Classes that may stand there in their place, likewise."""
 
+TRAINED = ("fit", "validate", "test")
+"""Subcommands that take configs of training."""
+
 EXPLAINED = {
     PREDICT.usage: (PREDICT, SETTINGS, OTHERS),
     FIT.usage: (FIT, TRAINING_SETTINGS, TRAINING_OTHERS),
+    VALIDATE.usage: (VALIDATE, {"data": data.Cifar10}, {}),
+    TEST.usage: (TEST, {"pictures": PictureTest, "data": data.Cifar10}, {}),
 }
 """What the help of each subcommand is made of, by its usage."""
 
@@ -85,7 +92,9 @@ class Parser(LightningArgumentParser):
             return super().format_help(*args)
         says, settings, others = EXPLAINED[self.usage]
         groups = self._action_groups
-        self._action_groups = sections(self, says, {key.partition(".")[0] for key in settings})
+        # `fit --help` explains the callbacks of training, `test --help` what is tested
+        hidden = {"model", "pictures", *TRAINING_CALLBACKS}
+        self._action_groups = sections(self, says, {key.partition(".")[0] for key in settings} | hidden)
         try:
             return explain(super().format_help(*args), says, settings, others)
         finally:
@@ -97,7 +106,11 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             # the parser of a class within: what it says becomes a part of the whole
             return super().error(message, ex)
-        raise ValueError(one_sentence(str(message), "fit" if sys.argv[1:2] == ["fit"] else "predict")) from ex
+        raise ValueError(one_sentence(str(message), self._subcommand)) from ex
+
+    @property
+    def _subcommand(self) -> str:
+        return sys.argv[1] if sys.argv[1:2] and sys.argv[1] in TRAINED else "predict"
 
 
 class ConfigWriter(SaveConfigCallback):
@@ -107,7 +120,7 @@ class ConfigWriter(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         config = self.config.clone()
         if config.resume is not None:
-            for place in _folders(config):
+            for place in logger_folders(config):
                 place.version = None
         config.resume = None
         if "dry_run" in config:
@@ -117,7 +130,7 @@ class ConfigWriter(SaveConfigCallback):
 
 
 class Command(LightningCLI):
-    """`predict` and `fit` for our modules, data modules, strategies and callbacks."""
+    """`predict`, `fit` and `validate` for our modules, data modules, strategies and callbacks."""
 
     _prepared = ""
     """The subcommand whose parser is being made."""
@@ -127,26 +140,38 @@ class Command(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         # pipelines are folders of weights, and training goes on in its own log folder: no checkpoint is asked for
         others = {"model", "datamodule", "ckpt_path", "weights_only"}
-        return {"predict": {"dataloaders", *others}, "fit": {"train_dataloaders", "val_dataloaders", *others}}
+        return {
+            "predict": {"dataloaders", *others},
+            "fit": {"train_dataloaders", "val_dataloaders", *others},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+        }
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Leaves settings alone: a log folder says with which ones its checkpoint was trained."""
 
     @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `seed_everything` to `fit` alone: the seed that counts in `predict` is the model's."""
-        if self._prepared == "fit":
+        """Adds `seed_everything` where there is training: the seed that counts in `predict` is the model's."""
+        if self._prepared in TRAINED:
             parser.add_argument(
                 "--seed_everything", type=int, default=0, help="Seed of the first weights and of all that is drawn."
             )
 
     @override
     def _set_seed(self) -> None:
-        if self.subcommand == "fit":
+        if self.subcommand in TRAINED:
             super()._set_seed()
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        is_training = self._prepared == "fit"
+        is_training = self._prepared in TRAINED
         for key, kind in (TRAINING_CALLBACKS if is_training else CALLBACKS).items():
             parser.add_lightning_class_args(kind, key)
+        if is_training:
+            parser.add_class_arguments(PictureTest, "pictures")
+        if self._prepared == "validate":
+            parser.add_lightning_class_args(callbacks.ValidationTable, "table")
         parser.add_argument(
             "--resume",
             metavar="FOLDER",
@@ -179,10 +204,12 @@ class Command(LightningCLI):
         _check_devices(config.trainer)
         if self.subcommand == "fit":
             _check_training(config)
+        if self.subcommand == "validate":
+            _prepare_validation(config)
         if config.resume is None:
             return
         folder = Path(config.resume)
-        places = _folders(config)
+        places = logger_folders(config)
         if not places:
             raise ValueError("--resume needs a logger with a folder: set trainer.logger to a TensorBoardLogger.")
         for place in places:
@@ -203,7 +230,7 @@ class Command(LightningCLI):
                 check()
         _check_data(self.model, self.datamodule)
         if hasattr(self.trainer.strategy, "check_module"):
-            if self.subcommand == "fit":
+            if self.subcommand in TRAINED:
                 name = type(self.trainer.strategy).__name__
                 raise ValueError(f"trainer.strategy is {name}, which only predicts; take auto or ddp to train.")
             self.trainer.strategy.check_module(self.model, picture_size(self.datamodule))
@@ -217,6 +244,9 @@ class Command(LightningCLI):
         folder = self.config[subcommand].resume
         if subcommand == "fit" and folder is not None:
             arguments["ckpt_path"] = str(Path(folder) / CHECKPOINT)
+        if subcommand == "validate":
+            # a table of our own says it
+            arguments["verbose"] = False
         return arguments
 
     def before_predict(self) -> None:
@@ -250,13 +280,14 @@ def run(arguments: list[str]) -> None:
         parser_kwargs={
             "predict": {"usage": PREDICT.usage, "description": PREDICT.description},
             "fit": {"usage": FIT.usage, "description": FIT.description},
+            "validate": {"usage": VALIDATE.usage, "description": VALIDATE.description},
         },
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
     )
 
 
-def _folders(config: Namespace) -> list[Namespace]:
+def logger_folders(config: Namespace) -> list[Namespace]:
     """The settings of the loggers that write to a folder."""
     logger = config.trainer.logger
     loggers = logger if isinstance(logger, list) else [logger]
@@ -274,10 +305,35 @@ def _check_training(config: Namespace) -> None:
         )
 
 
+def _prepare_validation(config: Namespace) -> None:
+    """Finds the checkpoint, and names the log folder after what is done."""
+    if config.resume is not None:
+        raise ValueError("validate has nothing to go on with: leave `--resume` out, and give `--ckpt_path`.")
+    places = logger_folders(config)
+    checkpoint = find_checkpoint(config.ckpt_path, places)
+    read_checkpoint(checkpoint)
+    config.ckpt_path = str(checkpoint.resolve())
+    for place in places:
+        place.name = f"{place.name}_validate"
+
+
 def _check_data(model: LightningModule, datamodule: LightningDataModule) -> None:
     """Tells before anything is loaded that a pipeline does not take pictures of the data's size, or its values."""
     if hasattr(model, "check_inputs") and hasattr(datamodule, "input_names"):
         model.check_inputs(datamodule.input_names)
+    check_size(model, datamodule)
+
+
+def check_size(model: LightningModule, datamodule: LightningDataModule) -> None:
+    """Tells that a pipeline does not take pictures of the data's size.
+
+    Args:
+        model: What runs, or would.
+        datamodule: Where its samples come from.
+
+    Raises:
+        ValueError: It does not.
+    """
     multiple = getattr(model, "size_multiple", None)
     if not multiple:
         return

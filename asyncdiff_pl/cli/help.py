@@ -85,6 +85,35 @@ and on the command line after it.""",
     configs=TRAINING,
 )
 
+CHECKPOINTS = """\
+--ckpt_path takes a checkpoint, or the log folder of a run of `fit`, whose last state counts; the config may then be
+left out. Without it, the newest run of the config is taken. The weights are the moving average, as in training."""
+
+VALIDATE = Help(
+    usage=f"{PROGRAM} validate [--config CONFIG] [--ckpt_path RUN|FILE] [--SETTING VALUE ...]",
+    description=f"""\
+Runs the validation of training with a checkpoint, and writes its measures to a table and to TensorBoard, in a log
+folder with the config's name and `_validate`. {CHECKPOINTS}
+All settings of `fit` count here too.""",
+    trainer="the trainer (Lightning's own settings, as for training)",
+    trainer_settings=("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "limit_val_batches"),
+    hints={"data": "or another class, as the config says"},
+    configs=TRAINING,
+)
+
+TEST = Help(
+    usage=f"{PROGRAM} test [--config CONFIG] [--ckpt_path RUN|FILE|PIPELINE] [--SETTING VALUE ...] [--resume FOLDER]",
+    description=f"""\
+Makes pictures with a DDPM that was trained, on all devices, and measures them against those that it was trained on:
+Fréchet distance (FID), improved precision and recall. It is a run of `predict`, in a log folder with the config's name
+and `_test`; --resume goes on with one that was stopped. {CHECKPOINTS}
+--ckpt_path also takes the folder of an exported pipeline. All settings of `fit` count here too.""",
+    trainer="the trainer (Lightning's own settings, as for training)",
+    trainer_settings=("accelerator", "devices", "num_nodes", "logger", "benchmark", "enable_progress_bar"),
+    hints={"data": "or another class, as the config says; its training pictures are the real ones"},
+    configs=TRAINING,
+)
+
 
 def sections(parser: jsonargparse.ArgumentParser, says: Help, own_keys: set[str]) -> list[argparse._ArgumentGroup]:
     """The options of a subcommand in two sections, the run's and the trainer's.

@@ -9,6 +9,12 @@ import yaml
 TRAINING = "train"
 """Tells the configs for `fit` from those for `predict`; see `list_configs`."""
 
+SWEEP = "sweep_"
+"""What the names of the configs for `sweep` start with: they are of another form."""
+
+CHECKED = ("validate", "test")
+"""Subcommands that take a checkpoint."""
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the packaged configs."""
 
@@ -25,9 +31,11 @@ asyncdiff_pl: diffusion models on several GPUs at once, each sample timed and sc
 CONFIG is a YAML file, or the name of one that comes with the package:
 {list_configs()}
 
-and small networks are trained, by a CONFIG of these:
+and small networks are trained, by a CONFIG of these, and checked; of a DDPM's pictures FID, precision and recall:
 
   {PROGRAM} fit --config CONFIG [--SETTING VALUE ...]
+  {PROGRAM} validate --config CONFIG [--ckpt_path RUN]
+  {PROGRAM} test --config CONFIG [--ckpt_path RUN]
 
 {list_configs(TRAINING)}
 
@@ -35,12 +43,24 @@ and what two runs made, or two folders of pictures, is compared:
 
   {PROGRAM} compare A B [--SETTING VALUE ...]
 
+and many layouts are run over the same samples, by a CONFIG of these, and reported:
+
+  {PROGRAM} sweep --config CONFIG [--SETTING VALUE ...]
+  {PROGRAM} report RUN... [--SETTING VALUE ...]
+
+{_lines(packaged_sweeps())}
+
+and which layouts fit which GPUs, with what each would gain, is foreseen, on any computer:
+
+  {PROGRAM} plan --config CONFIG [--gpus N ...] [--SETTING VALUE ...]
+
   try it, on any computer                  {PROGRAM} predict --config demo
   check all input, foresee time and disk   {PROGRAM} predict --config CONFIG --dry-run
   go on with a run that was stopped        {PROGRAM} predict --resume LOG_FOLDER
   all settings, with units and defaults    {PROGRAM} predict --help
   the same for training                    {PROGRAM} fit --help
-  and for comparisons                      {PROGRAM} compare --help"""
+  and for comparisons                      {PROGRAM} compare --help
+  and for plans                            {PROGRAM} plan --help"""
 
 
 def list_configs(kind: str = "") -> str:
@@ -49,7 +69,11 @@ def list_configs(kind: str = "") -> str:
     Args:
         kind: `TRAINING` for those that `fit` takes; empty for those that `predict` takes.
     """
-    names = [name for name in packaged_configs() if is_training(name) == (kind == TRAINING)]
+    return _lines([name for name in packaged_configs() if is_training(name) == (kind == TRAINING)])
+
+
+def _lines(names: list[str]) -> str:
+    """A line for each config: name and first comment."""
     width = max(map(len, names))
     comments = ((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0] for name in names)
     return "\n".join(f"  {name:{width}}  {text.strip('# ')}" for name, text in zip(names, comments, strict=True))
@@ -61,7 +85,16 @@ def is_training(name: str) -> bool:
 
 
 def packaged_configs() -> list[str]:
-    """Names of the packaged configs."""
+    """Names of the packaged configs for `predict` and `fit`."""
+    return [name for name in _all_configs() if not name.startswith(SWEEP)]
+
+
+def packaged_sweeps() -> list[str]:
+    """Names of the packaged configs for `sweep`."""
+    return [name for name in _all_configs() if name.startswith(SWEEP)]
+
+
+def _all_configs() -> list[str]:
     return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -86,12 +119,22 @@ def with_named_configs(arguments: list[str]) -> list[str]:
         if name == "--config":
             _check_subcommand(arguments[0], given[name])
         found[at : at + 2 - len(equals)] = [f"{name}={given[name]}"] if equals else [name, given[name]]
+    if arguments[0] in CHECKED and not given and "--ckpt_path" in found:
+        found[1:1] = _config_beside(found)
     if "--resume" in given and "--config" not in given:
         config = Path(given["--resume"]) / "config.yaml"
         if not config.is_file():
             raise ValueError(f"{config.parent} holds no config.yaml; add the `--config` that the run was started with.")
         found[1:1] = ["--config", str(config)]
     return found
+
+
+def _config_beside(arguments: list[str]) -> list[str]:
+    """The config of the run that a checkpoint is of, as arguments; none where it has no log folder."""
+    at = arguments.index("--ckpt_path") + 1
+    path = Path(*arguments[at : at + 1]).expanduser().resolve()
+    configs = [folder / "config.yaml" for folder in (path, *path.parents[:2])]
+    return next((["--config", str(config)] for config in configs if config.is_file()), [])
 
 
 def find_config(name: str) -> str:
@@ -112,8 +155,9 @@ def _check_subcommand(subcommand: str, path: str) -> None:
     if not file.is_relative_to(packaged):
         return
     name = file.relative_to(packaged).with_suffix("").as_posix()
-    own = "fit" if is_training(name) else "predict"
-    if subcommand in ("fit", "predict") and subcommand != own:
+    own = "sweep" if name.startswith(SWEEP) else "fit" if is_training(name) else "predict"
+    takes = {"plan": "predict", "validate": "fit", "test": "fit"}.get(subcommand, subcommand)
+    if takes in ("fit", "predict", "sweep") and takes != own:
         raise ValueError(f"{name} is a config of `{own}`: {PROGRAM} {own} --config {name}.")
 
 

@@ -122,6 +122,15 @@ class Cifar10(LightningDataModule):
                 "fetch them with `--data.download true`."
             )
 
+    def real_pictures(self, number: int | None = None) -> Path:
+        """Where the training pictures are, as callbacks take real pictures.
+
+        Args:
+            number: They may be many; all are there.
+        """
+        folder = self.path / "train"
+        return folder if folder.is_dir() else self.path
+
     @override
     def prepare_data(self) -> None:
         """Fetches the published batches on one rank of each node, while the others wait."""

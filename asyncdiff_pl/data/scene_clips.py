@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
+from asyncdiff_pl.cache import cache_folder
 from asyncdiff_pl.data.scenes import (
     BACKGROUNDS,
     CLASS_NAMES,
@@ -31,6 +37,9 @@ from asyncdiff_pl.data.workers import worker_settings
 
 TokenMaker = Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[Tensor, Tensor]]
 """Turns captions and changed captions into tokens."""
+NUM_REAL = 10_000
+"""Scenes that stand for all of them, which have no end."""
+DRAWN_AT_ONCE = 256
 SceneMaker = Callable[..., Scenes]
 """`sample_scenes` with its settings."""
 
@@ -221,6 +230,34 @@ class SceneClips(LightningDataModule):
         """Makes tokens in the workers, if a module sets it."""
         self._drawn: tuple[int, Tensor] | None = None
         """Number and clips of the training batch that was drawn last."""
+
+    @torch.no_grad()
+    def real_pictures(self, number: int | None = None) -> Path:
+        """Draws the first frames of the first training scenes into a file of the cache folder, if it is not there.
+
+        Args:
+            number: So many; None for 10,000.
+
+        Returns:
+            The .npz file, as callbacks take real pictures.
+        """
+        number = NUM_REAL if number is None else number
+        scenes = self.sample(torch.arange(number))
+        # what they look like follows from the scenes and from the code that draws
+        code = sorted(Path(inspect.getfile(draw)).parent.glob("*.py"))
+        known = [repr((number, self.size)).encode(), *(value.numpy().tobytes() for value in vars(scenes).values())]
+        known += [file.read_bytes() for file in code]
+        path = cache_folder() / "scenes" / f"{hashlib.sha256(b''.join(known)).hexdigest()[:16]}.npz"
+        if not path.exists():
+            places = torch.arange(number).split(DRAWN_AT_ONCE)
+            drawn = [draw(scenes[rows], torch.zeros(len(rows), 1), self.size)[:, 0] for rows in places]
+            images = (torch.cat(drawn) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # under its name only when it is complete
+            temporary = path.with_name(f".{os.getpid()}-{path.name}")
+            np.savez(temporary, images=images)
+            temporary.replace(path)
+        return path
 
     @override
     def train_dataloader(self) -> DataLoader:

@@ -87,7 +87,7 @@ def predict(
     seconds = statistics.fmean((fixed * exact + (n - fixed) * asynchronous) / 1e3 for n, fixed in counts)
     stale_bytes = bytes_per_step(graph, boundary)
     return Candidate(
-        layout, seconds, exact, asynchronous, tuple(shares), _staleness(graph, boundary, costs), stale_bytes
+        layout, seconds, exact, asynchronous, tuple(shares), mean_age(ages(graph, boundary), costs), stale_bytes
     )
 
 
@@ -149,14 +149,24 @@ def _short(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _staleness(graph: Graph, boundary: Boundary, costs: Sequence[int]) -> float:
-    """Mean over the units' costs of the age of the oldest latents that went into them, in steps."""
-    ages: list[int] = []
+def ages(graph: Graph, boundary: Boundary) -> list[int]:
+    """For each unit how many steps old the oldest latents are that it works from, with stride 1.
+
+    Args:
+        graph: The denoiser's units.
+        boundary: The boundary tensors of a cut.
+    """
+    found: list[int] = []
     for number, unit in enumerate(graph.units):
         sources = _units_of(graph, unit.inputs)
         # a unit that is called twice may see a later one's output
-        known = [ages[s] + (boundary.owner[s] != boundary.owner[number]) for s in sources if s < number]
-        ages.append(max(known, default=0))
+        known = [found[s] + (boundary.owner[s] != boundary.owner[number]) for s in sources if s < number]
+        found.append(max(known, default=0))
+    return found
+
+
+def mean_age(ages: Sequence[int], costs: Sequence[int]) -> float:
+    """The ages of all units as one number, by what they cost."""
     return sum(age * cost for age, cost in zip(ages, costs, strict=True)) / sum(costs)
 
 

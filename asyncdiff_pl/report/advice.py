@@ -41,16 +41,17 @@ def advise(entries: Sequence[Entry]) -> list[str]:
             candidates = [e for e in usable if e.run.devices == devices and e.run.steps == number]
             candidates = [e for e in candidates if reference_entry(e, usable) is not None]
             faster = [e for e in candidates if devices == 1 or (e.speed_up(reference_entry(e, usable)) or 0) > 1]
-            if faster:
+            # one GPU with nothing beside it is no choice
+            if any(not entry.is_reference for entry in faster):
                 label, gain = _choose(faster, usable)
-                clauses.setdefault(label, []).append(f"{gain} with {number} steps" if len(steps) > 1 else gain)
+                clauses.setdefault(label, []).append(f"with {number} steps {gain}" if len(steps) > 1 else gain)
         where = "1 GPU" if devices == 1 else f"{devices} GPUs"
         if clauses:
             texts = [f"{label}: {', '.join(gains)}" for label, gains in clauses.items()]
-            told.append(f"On {where} take {'; or '.join(texts)}.")
-        else:
+            told.append(f"On {where} take {'; '.join(texts)}.")
+        elif devices > 1:
             told.append(f"On {where} nothing that was measured is faster than on one.")
-    return told
+    return told or ["No layout is recommended: nothing beside one GPU ran to its end."]
 
 
 def _choose(candidates: Sequence[Entry], entries: Sequence[Entry]) -> tuple[str, str]:
@@ -61,7 +62,7 @@ def _choose(candidates: Sequence[Entry], entries: Sequence[Entry]) -> tuple[str,
     else:
         best = max(candidates, key=lambda entry: entry.score_difference.value if entry.score_difference else 0.0)
     if best.is_reference:
-        return best.run.label, "nothing else with it was measured as faster at no lower score"
+        return best.run.label, "nothing else that was measured on one is faster at no lower score"
     reference = reference_entry(best, entries)
     gain = best.speed_up(reference)
     assert reference is not None
@@ -83,9 +84,10 @@ def _cost(entry: Entry) -> str:
     parts = []
     if entry.score_difference is not None:
         lower = ", a lower score than one GPU's" if _is_lower(entry) else ""
-        parts.append(f"at {entry.score_difference.value:+.2f} {entry.scorer or 'score'}{lower}".replace("-", "−", 1))
+        value = f"{entry.score_difference.value:+.2f}".replace("-", "−")
+        parts.append(f"at {value} {entry.scorer or 'score'}{lower}")
     if entry.psnr is not None:
-        parts.append(f"{entry.psnr.value:.1f} dB from one GPU's pictures")
+        parts.append(f"PSNR {entry.psnr.value:.1f} dB")
     return ", ".join(parts) or "(its quality was not measured)"
 
 

@@ -188,8 +188,8 @@ def _time(
         steps = sum(count * (exact[n][bound] + (n - exact[n][bound]) * share) for n, count in left.items())
         times.append(_duration(calls * steps * cost.flops / rate))
     return (
-        f"about {' to '.join(dict.fromkeys(times))} in the denoiser ({_flops(cost.flops)} a call, "
-        f"{_flops(rate)}/s a rank); encoders, decoding and scores come on top"
+        f"about {' to '.join(dict.fromkeys(times))} in the denoiser ({operations(cost.flops)} a call, "
+        f"{operations(rate)}/s a rank); encoders, decoding and scores come on top"
     )
 
 
@@ -217,14 +217,14 @@ def _exact_steps(strategy: Any, module: LightningModule, num_steps: int) -> tupl
         return exact, exact
     if getattr(strategy, "stages", 1) == 1:
         return num_steps, num_steps
-    span = span_of(strategy.warm_up, _noise_levels(module, num_steps))
+    span = span_of(strategy.warm_up, noise_before(module, num_steps))
     most = num_steps if span.most is None else span.most
     refresh_every = strategy.refresh_every
     fewest, most = (count_exact(min(n, num_steps), refresh_every, num_steps) for n in (span.fewest, most))
     return fewest, most
 
 
-def _noise_levels(module: LightningModule, num_steps: int) -> Callable[[], list[float]] | None:
+def noise_before(module: LightningModule, num_steps: int) -> Callable[[], list[float]] | None:
     """Gives the noise before each step; None where the scheduler cannot be known before the run."""
     folder = find_folder(module.pretrained)
     if folder is None:
@@ -270,7 +270,8 @@ def _bytes(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
-def _flops(number: float) -> str:
+def operations(number: float) -> str:
+    """A number of operations for people."""
     return f"{number / 1e12:.3g} TFLOP" if number >= 1e11 else f"{number / 1e9:.3g} GFLOP"
 
 

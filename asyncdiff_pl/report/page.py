@@ -13,14 +13,14 @@ from asyncdiff_pl.report.report_table import Entry, reference_entry, state_of
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 76rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 84rem;
   padding: 1rem clamp(.75rem, 3vw, 2rem) 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
 h3 { font-size: 1.05rem; margin-top: 2rem; } p, li { max-width: 50rem; overflow-wrap: anywhere; }
 .advice { background: #eef5ff; border-left: 4px solid #2563eb; padding: .6rem 1rem; max-width: 50rem; }
 .advice p { margin: .2rem 0; } .wide { overflow-x: auto; border: 1px solid #ddd; border-radius: 4px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
+th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
 th { background: #f6f6f6; vertical-align: bottom; } thead th { white-space: normal; min-width: 4rem; }
 th:first-child { text-align: left; position: sticky; left: 0; min-width: 8rem; max-width: 16rem; white-space: normal; }
 tbody th { background: #fff; font-weight: 500; } tr.reference th, tr.reference td { background: #f4f8ff; }
@@ -29,7 +29,8 @@ tr:last-child > * { border-bottom: 0; } .note { color: #666; font-size: .875rem;
 .plots figure { margin: 0; } img { max-width: 100%; height: auto; display: block; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 11rem), 1fr)); gap: .75rem; }
 .pictures figure { margin: 0; } .pictures img { width: 100%; } figcaption { font-size: .8rem; color: #444; }
-pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; border-radius: 4px; }
+pre { background: #f6f6f6; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .8rem; border-radius: 4px; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
@@ -37,12 +38,13 @@ dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; } dd { mar
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 PLOTS = {
-    "pareto_score": "Time of a sample against its score. The line joins what nothing else beats in both.",
-    "pareto_psnr": "Time of a sample against how near its pictures are to one device's, which is not among them: its "
-    "own are the same.",
+    "pareto_score": "Time of a sample against its score; the line joins what nothing else beats in both. Bars are "
+    "standard errors over the samples: how layouts differ on the same samples is known better: see the table.",
+    "pareto_psnr": "Time of a sample against how near its pictures are to those of one device with as many steps, "
+    "which is not among them. Lines join what nothing else with as many steps beats in both.",
     "steps_score": "Score over the number of steps.",
     "steps_seconds": "Time of a sample over the number of steps.",
-    "step_latency": "Time of each step of a sample: the exact ones first.",
+    "step_latency": "Time of each step of a sample, at the largest number of steps.",
 }
 """What is said under each plot."""
 
@@ -158,7 +160,7 @@ def _cells(entry: Entry, entries: Sequence[Entry]) -> dict[str, str]:
         "PSNR, dB": psnr,
         "LPIPS": _text(entry.lpips),
         "score": _text(entry.score),
-        "score less one device's": _text(entry.score_difference, "+"),
+        "score beside one device's": _text(entry.score_difference, "+"),
         "peak memory, GiB": _number(run.described.get("peak_memory_gib", "")),
         "exchanged, MiB a step": _number(run.described.get("mib_per_step", "")),
         "samples": count if run.is_finished else f"{count}, {state_of(run)}",

@@ -50,7 +50,7 @@ def _scorer(entries: Sequence[Entry]) -> str:
 
 
 def _pareto(entries: Sequence[Entry], name: str, title: str) -> Figure | None:
-    """Seconds a sample against a measure of quality; a line joins what nothing else beats in both."""
+    """Seconds a sample against a measure of quality; lines join what nothing else beats in both."""
     points = []
     for entry in entries:
         value: Mean | None = getattr(entry, name)
@@ -81,8 +81,11 @@ def _pareto(entries: Sequence[Entry], name: str, title: str) -> Figure | None:
         if several:
             place = (seconds.value, value.value)
             axes.annotate(f"{entry.run.steps}", place, (5, 4), textcoords="offset points", fontsize=8)
-    front = pareto_front([(seconds.value, value.value) for _, seconds, value in points])
-    axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=0)
+    # runs of other step counts are compared with other pictures: what PSNR says of them does not compare
+    parts = {entry.run.steps for entry, *_ in points} if name == "psnr" else {None}
+    for steps in sorted(parts, key=lambda part: part or 0):
+        chosen = [(s.value, v.value) for entry, s, v in points if steps in (None, entry.run.steps)]
+        axes.plot(*zip(*pareto_front(chosen), strict=True), color="0.6", linewidth=1, zorder=0)
     axes.set_xlabel("seconds a sample (less is better)" + (", figures at the points: steps" if several else ""))
     axes.set_ylabel(f"{title} (more is better)")
     return _finished(figure, axes)

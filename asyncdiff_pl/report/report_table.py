@@ -33,7 +33,7 @@ class Entry:
         seconds: Time of a sample in s, over timed samples.
         score: Score of the samples.
         scorer: What scored them.
-        psnr: PSNR against the reference in dB, over the samples that differ; None where none do or none can be compared.
+        psnr: PSNR against the reference in dB, over the samples that differ; None where none do, or none are compared.
         equal: How many samples are pixel by pixel the reference's; None where they are not compared.
         compared: How many samples were compared.
         lpips: LPIPS against the reference.

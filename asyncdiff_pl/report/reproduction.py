@@ -11,6 +11,7 @@ import yaml
 
 from asyncdiff_pl.callbacks.sample_table import read_table
 from asyncdiff_pl.cli.overview import PROGRAM
+from asyncdiff_pl.report.grid import defaults_of
 from asyncdiff_pl.report.run_folders import Run
 
 CONFIG = "reference.yaml"
@@ -33,7 +34,7 @@ def environment(runs: Sequence[Run]) -> dict[str, str]:
             if value and value not in found[name]:
                 found[name].append(value)
     memory = {row["memory"] for run in runs for row in read_table(run.folder / "devices.csv")}
-    found["peak memory is what is"] = sorted(memory)
+    found["peak memory"] = sorted(memory)
     return {name: ", ".join(values) for name, values in found.items() if values}
 
 
@@ -61,9 +62,9 @@ def command_of(run: Run, reference: Run) -> str:
     if kind is not None and kind != base.get(f"{STRATEGY}.class_path"):
         words += [f"--{STRATEGY}", str(kind)]
         # a class of its own begins with its own defaults
-        base = {name: value for name, value in base.items() if not name.startswith(STRATEGY)}
-        given = {n: v for n, v in given.items() if not (n.startswith(STRATEGY) and v is None)}
-        given.pop(f"{STRATEGY}.class_path")
+        base = {name: value for name, value in base.items() if not name.startswith(f"{STRATEGY}.")}
+        base |= {f"{STRATEGY}.init_args.{name}": value for name, value in _defaults(str(kind)).items()}
+        base[f"{STRATEGY}.class_path"] = kind
     for name, value in given.items():
         if base.get(name) != value and not name.startswith(NOT_PART):
             words += [f"--{name}", value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)]
@@ -77,6 +78,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _defaults(class_path: str) -> dict[str, Any]:
+    """Settings of a class that go without saying; all are said of one that is not here."""
+    try:
+        return defaults_of(class_path)
+    except ValueError:
+        return {}
 
 
 def _lightning(run: Run) -> str:

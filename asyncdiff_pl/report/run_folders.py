@@ -156,7 +156,8 @@ def groups_of(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(run.work, []).append(run)
-    return [sorted(group, key=lambda run: run.steps) for group in groups.values()]
+    # what the others are compared with comes first
+    return [sorted(group, key=lambda run: (run.steps, not run.is_plain, run.devices)) for group in groups.values()]
 
 
 def reference_of(run: Run, group: Sequence[Run]) -> Run | None:

@@ -108,6 +108,36 @@ class NetworkTraining(LightningModule):
             # the workers of a data module that offers it make tokens, while this process draws and trains
             self.trainer.datamodule.tokenize = self.tokenize
 
+    def check_weights(self, state: dict[str, Tensor]) -> None:
+        """Tells that a checkpoint is of another network.
+
+        Args:
+            state: The checkpoint's `state_dict`.
+
+        Raises:
+            ValueError: In one sentence, with the first entry that differs.
+        """
+        own, found = ({k: tuple(v.shape) for k, v in one.items()} for one in (self.state_dict(), state))
+        for name in [*own, *(name for name in found if name not in own)]:
+            if own.get(name) != found.get(name):
+                here, there = (f"is {one[name]}" if name in one else "is missing" for one in (own, found))
+                raise ValueError(
+                    f"The checkpoint is of another network or method: {name} {there} there, and {here} by this config; "
+                    "give the config that it was trained with (config.yaml in its log folder)."
+                )
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_weights(checkpoint["state_dict"])
+        if self.trainer.state.fn == "validate":
+            # what is logged then stands at the checkpoint's step
+            self.trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
+
+    @override
+    def on_validation_start(self) -> None:
+        for part in self.frozen.values():
+            part.to(self.device)
+
     @override
     def on_fit_start(self) -> None:
         for part in self.frozen.values():

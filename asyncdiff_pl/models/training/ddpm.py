@@ -196,6 +196,11 @@ class DDPM(NetworkTraining):
     # -- looking at it ------------------------------------------------------------------------------------------
 
     @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.noise = self.noise.to(self.device)
+
+    @override
     def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
         clean = self._clean(batch)
         with drawn_from(number, clean.device):
