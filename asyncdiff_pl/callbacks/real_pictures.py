@@ -78,9 +78,7 @@ class RealPictures:
         return hashlib.sha256(repr((self.maximum, stats)).encode()).hexdigest()
 
     def _files(self) -> list[Path]:
-        direct = sorted(path for path in self.path.iterdir() if path.suffix.lower() in SUFFIXES)
-        # else each class may have a folder of its own
-        return direct or sorted(path for path in self.path.rglob("*") if path.suffix.lower() in SUFFIXES)
+        return sorted(path for path in self.path.iterdir() if path.suffix.lower() in SUFFIXES)
 
     def _set(self) -> Callable[[], ImageSet] | None:
         """Reads what is a set in one piece; None for picture files."""

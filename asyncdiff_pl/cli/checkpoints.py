@@ -83,9 +83,9 @@ def export(file: Path, model: NetworkTraining) -> Path:
     """
     found = read_checkpoint(file)
     target = file.with_name(f"{file.stem}-step={found['global_step']}")
+    model.check_weights(found["state_dict"])
     if _is_newer(target / INDEX, file):
         return target
-    model.check_weights(found["state_dict"])
     # in training the average is put there; see callbacks/averaging.py
     model.load_state_dict(found["state_dict"])
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=file.parent))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -177,7 +178,9 @@ class Command(LightningCLI):
             metavar="FOLDER",
             type=str | None,
             default=None,
-            help="Log folder of a run that was stopped: what it has done is kept, the rest is done there. Without "
+            help=argparse.SUPPRESS
+            if self._prepared == "validate"
+            else "Log folder of a run that was stopped: what it has done is kept, the rest is done there. Without "
             "--config, the run's own settings are taken.",
         )
         if is_training:

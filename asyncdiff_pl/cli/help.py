@@ -85,6 +85,8 @@ and on the command line after it.""",
     configs=TRAINING,
 )
 
+CHECKPOINT_HELP = "Log folder of a run of `fit`, or a checkpoint; the newest run of the config if not given."
+
 CHECKPOINTS = """\
 --ckpt_path takes a checkpoint, or the log folder of a run of `fit`, whose last state counts; the config may then be
 left out. Without it, the newest run of the config is taken. The weights are the moving average, as in training."""
@@ -132,6 +134,8 @@ def sections(parser: jsonargparse.ArgumentParser, says: Help, own_keys: set[str]
             run._group_actions.append(action)
         if action.dest == "config":
             action.help = CONFIG_HELP
+        if action.dest == "ckpt_path":
+            action.help = CHECKPOINT_HELP
     return [run, trainer]
 
 

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from asyncdiff_pl.data.image_sets import ImageSet, Part, download, find_source
+from asyncdiff_pl.data.image_sets import ImageSet, Part, download, find_source, kept_archive
+from asyncdiff_pl.data.pictures import SUFFIXES
 
 DEVICE_SHARE = 0.25
 """Share of a device's free memory that pictures may take."""
@@ -127,9 +128,16 @@ class Cifar10(LightningDataModule):
 
         Args:
             number: They may be many; all are there.
+
+        Returns:
+            The set itself; of picture files an .npz file in the cache folder, since classes may have folders.
         """
-        folder = self.path / "train"
-        return folder if folder.is_dir() else self.path
+        files = [] if self.path.is_file() else sorted(self.path.rglob("*"))
+        read = find_source(self.path, "train")
+        if read is None or not any(file.suffix.lower() in SUFFIXES for file in files):
+            return self.path
+        known = repr((self.size, [(str(file.resolve()), file.stat().st_mtime_ns) for file in files]))
+        return kept_archive("pictures", known.encode(), lambda: read(self.size).images)
 
     @override
     def prepare_data(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import shutil
 import tarfile
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from asyncdiff_pl.cache import cache_folder
 from asyncdiff_pl.data.pictures import SUFFIXES, read_picture
 from asyncdiff_pl.data.sample import UnreadableSample
 
@@ -183,6 +185,24 @@ def read_pictures(files: Sequence[Path], size: int) -> ImageSet:
 
 def _picture_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+
+
+def kept_archive(folder: str, known: bytes, make: Callable[[], Tensor]) -> Path:
+    """An .npz file of pictures in the cache folder, made if it is not there; any number of ranks may ask at once.
+
+    Args:
+        folder: Folder within the cache folder.
+        known: What the pictures follow from.
+        make: Makes them: [N, 3, H, W], uint8.
+    """
+    path = cache_folder() / folder / f"{hashlib.sha256(known).hexdigest()[:16]}.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # under its name only when it is complete
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        np.savez(temporary, images=make().permute(0, 2, 3, 1).numpy())
+        temporary.replace(path)
+    return path
 
 
 def download(folder: Path) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import override
 
-from asyncdiff_pl.cache import cache_folder
+from asyncdiff_pl.data.image_sets import kept_archive
 from asyncdiff_pl.data.scenes import (
     BACKGROUNDS,
     CLASS_NAMES,
@@ -40,6 +37,7 @@ TokenMaker = Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[Tensor, Te
 NUM_REAL = 10_000
 """Scenes that stand for all of them, which have no end."""
 DRAWN_AT_ONCE = 256
+"""Scenes in memory while they are drawn."""
 SceneMaker = Callable[..., Scenes]
 """`sample_scenes` with its settings."""
 
@@ -247,17 +245,13 @@ class SceneClips(LightningDataModule):
         code = sorted(Path(inspect.getfile(draw)).parent.glob("*.py"))
         known = [repr((number, self.size)).encode(), *(value.numpy().tobytes() for value in vars(scenes).values())]
         known += [file.read_bytes() for file in code]
-        path = cache_folder() / "scenes" / f"{hashlib.sha256(b''.join(known)).hexdigest()[:16]}.npz"
-        if not path.exists():
+
+        def make() -> Tensor:
             places = torch.arange(number).split(DRAWN_AT_ONCE)
             drawn = [draw(scenes[rows], torch.zeros(len(rows), 1), self.size)[:, 0] for rows in places]
-            images = (torch.cat(drawn) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # under its name only when it is complete
-            temporary = path.with_name(f".{os.getpid()}-{path.name}")
-            np.savez(temporary, images=images)
-            temporary.replace(path)
-        return path
+            return (torch.cat(drawn) * 255).round().byte()
+
+        return kept_archive("scenes", b"".join(known), make)
 
     @override
     def train_dataloader(self) -> DataLoader:
