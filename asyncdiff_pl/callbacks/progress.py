@@ -20,7 +20,6 @@ from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import Prediction
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 
-
 LINES = 8
 """Samples of a batch that have a line each in a log file; where there are more, the batch has one."""
 
