@@ -20,8 +20,8 @@ class FrechetDistance(AgainstReal):
     All frames of a sample count. The distance is a column of results.csv: `fid` with FID's Inception network, else
     `frechet_distance (<network>)`; TensorBoard shows it as `results/<column>`. Distances compare only between runs of
     equally many pictures, and with fewer pictures than the network has features they come out too large. A run that
-    goes on takes the frames that it wrote before as well; if some were not written as PNG, it has no distance. What is
-    needed of the real pictures is kept in the cache folder.
+    goes on takes the frames that it wrote before as well; if some were written neither as PNG nor by `PictureArchive`,
+    it has no distance. What is needed of the real pictures is kept in the cache folder.
 
     Args:
         real: Folder of real pictures, which are brought to the size of the generated ones (cropped); or an .npz file,

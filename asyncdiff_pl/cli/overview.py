@@ -119,7 +119,7 @@ def with_named_configs(arguments: list[str]) -> list[str]:
         if name == "--config":
             _check_subcommand(arguments[0], given[name])
         found[at : at + 2 - len(equals)] = [f"{name}={given[name]}"] if equals else [name, given[name]]
-    if arguments[0] in CHECKED and not given and "--ckpt_path" in found:
+    if arguments[0] in CHECKED and not given:
         found[1:1] = _config_beside(found)
     if "--resume" in given and "--config" not in given:
         config = Path(given["--resume"]) / "config.yaml"
@@ -131,8 +131,10 @@ def with_named_configs(arguments: list[str]) -> list[str]:
 
 def _config_beside(arguments: list[str]) -> list[str]:
     """The config of the run that a checkpoint is of, as arguments; none where it has no log folder."""
-    at = arguments.index("--ckpt_path") + 1
-    path = Path(*arguments[at : at + 1]).expanduser().resolve()
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    if "--ckpt_path" not in words[:-1]:
+        return []
+    path = Path(words[words.index("--ckpt_path") + 1]).expanduser().resolve()
     configs = [folder / "config.yaml" for folder in (path, *path.parents[:2])]
     return next((["--config", str(config)] for config in configs if config.is_file()), [])
 

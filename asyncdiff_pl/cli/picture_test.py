@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace
 
 from asyncdiff_pl.sampling.respaced import SamplerKind, Skip
@@ -55,7 +56,7 @@ class PictureTest:
             real: The real pictures.
             trainer: The trainer's settings of the training config.
         """
-        is_gpu = trainer.accelerator in GPU
+        is_gpu = trainer.accelerator in GPU or (trainer.accelerator == "auto" and torch.cuda.is_available())
         names = ("num_inference_steps", "sampler", "eta", "skip", "seed")
         model = {"pretrained": str(pipeline), **{name: getattr(self, name) for name in names}}
         model |= {"dtype": self.dtype or ("float16" if is_gpu else "float32"), "channels_last": is_gpu}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,7 +26,8 @@ class UnconditionalPredictor(DiffusionPredictor):
     to the rounding of a batch's computation.
 
     Args:
-        pretrained: Checkpoint of a `DDPMPipeline` or `DDIMPipeline`: a hub name, or a folder, as `fit` exports it.
+        pretrained: Checkpoint of a `DDPMPipeline` or `DDIMPipeline`: a hub name, a folder, as `fit` exports it, or the
+            log folder of a run of `fit`.
         num_inference_steps: Number of denoising steps; a list makes every picture with each of them.
         sampler: `ddim`, or `ddpm`, which adds noise in each step (ancestral sampling).
         eta: Noise of DDIM's steps, from 0 (none) to 1.
@@ -56,6 +58,8 @@ class UnconditionalPredictor(DiffusionPredictor):
         variant: str | None = None,
         channels_last: bool = False,
     ) -> None:
+        exported = Path(pretrained).expanduser() / "export"
+        pretrained = str(exported) if (exported / "model_index.json").is_file() else pretrained
         super().__init__(pretrained, num_inference_steps, None, seed, dtype, weights, variant)
         # says at once what is wrong with them
         RespacedScheduler(sampler=sampler, eta=eta, skip=skip)

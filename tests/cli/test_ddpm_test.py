@@ -1,7 +1,10 @@
 """`validate` and `test` of a tiny DDPM that was trained: what they say is what a hand computes, and errors are told."""
 
+import contextlib
 import csv
+import io
 import os
+import re
 import sys
 
 import numpy as np
@@ -11,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from asyncdiff_pl.cli.command import run
-from asyncdiff_pl.cli.overview import with_named_configs
+from asyncdiff_pl.cli.help import settings_parser
+from asyncdiff_pl.cli.overview import overview, with_named_configs
+from asyncdiff_pl.cli.picture_test import PictureTest
 from asyncdiff_pl.cli.test import run_test
 from asyncdiff_pl.models import UnconditionalPredictor
 
@@ -51,9 +56,9 @@ def ddpm_test(command, monkeypatch):
     """Runs `test`, and gives its row of results.csv."""
     monkeypatch.setenv("ASYNCDIFF_PL_CACHE", str(command.folder / "cache"))
 
-    def start(*more, name="demo_ddpm"):
+    def start(*more, name="demo_ddpm", last=()):
         logger = ("--trainer.logger.save_dir", str(command.folder), "--trainer.logger.name", name)
-        given = [*more, *MADE, "--pictures.features", FEATURES, *logger]
+        given = [*more, *MADE, "--pictures.features", FEATURES, *logger, *last]
         run_test(with_named_configs(["test", *given])[1:])
         return row(command.folder / f"{name}_test" / "version_0")
 
@@ -134,7 +139,9 @@ def test_pictures_of_the_newest_run_are_measured_against_the_training_set(comman
 
 def test_a_test_that_was_stopped_goes_on(command, trained, ddpm_test, monkeypatch, capsys):
     given = ("--ckpt_path", str(trained / "checkpoints" / "last.ckpt"))
-    whole = ddpm_test(*given, name="whole")
+    whole = ddpm_test(*given, name="whole", last=("--pictures.batch_size=10",))
+    # a batch of many pictures has one line
+    assert re.findall(r"^\d+/10 .*steps\)", capsys.readouterr().out, re.MULTILINE) == ["10/10 0 to 9 (2 steps)"]
     generate = UnconditionalPredictor.generate
 
     def stop(module, samples, *args):
@@ -196,6 +203,56 @@ def test_no_checkpoint_and_another_network(command, trained, ddpm_test, monkeypa
     )
     with pytest.raises(ValueError, match=message):
         start(*TINY, *more, name="none")
+
+
+def test_what_is_no_use_to_validate(trained):
+    for more, message in [
+        (("--resume", str(trained)), "validate has nothing to go on with: leave `--resume` out"),
+        (("--config", "demo"), "demo is a config of `predict`: .* predict --config demo"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(with_named_configs(["validate", *more]))
+
+
+def test_a_checkpoint_tells_its_config_and_a_log_folder_its_export(trained):
+    config = ["--config", str(trained / "config.yaml")]
+    for path in (trained, trained / "export", trained / "checkpoints" / "last.ckpt"):
+        assert with_named_configs(["test", f"--ckpt_path={path}"])[1:3] == config
+        assert with_named_configs(["validate", "--ckpt_path", str(path)])[1:3] == config
+    assert with_named_configs(["test", "--ckpt_path", "/"]) == ["test", "--ckpt_path", "/"]
+    assert UnconditionalPredictor(str(trained)).pretrained == str(trained / "export")
+
+
+SURFACE = {
+    "number": 10000,
+    "batch_size": 500,
+    "sampler": "ddim",
+    "num_inference_steps": 50,
+    "eta": 0.0,
+    "skip": "linear",
+    "features": "inception",
+    "precision_features": None,
+    "max_real": None,
+    "dtype": None,
+    "seed": 0,
+    "png": False,
+}
+
+
+def test_help_explains_what_is_tested(command):
+    assert dict(vars(settings_parser("pictures", PictureTest).get_defaults().pictures)) == SURFACE
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        run_test(["--help"])
+    text = out.getvalue()
+    for name in SURFACE:
+        assert len(re.findall(rf"^  --pictures.{name} ", text, re.MULTILINE)) == 1, name
+    assert "--average.decay" not in text
+    assert "--resume FOLDER" in text
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        run(["validate", "--help"])
+    assert "--ckpt_path CKPT_PATH\n                        Log folder of a run of `fit`" in out.getvalue()
+    assert "--resume FOLDER" not in out.getvalue()
+    assert all(f"{subcommand} --config CONFIG [--ckpt_path RUN]" in overview() for subcommand in ("validate", "test"))
 
 
 def test_no_real_set_and_no_ddpm(command, trained, ddpm_test):
