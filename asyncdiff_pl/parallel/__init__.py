@@ -1,6 +1,7 @@
 """The mechanism: torch.distributed and hooks on denoisers; it knows no Lightning and no pipeline class."""
 
-from asyncdiff_pl.parallel.api import Parallel, parallelize
+from asyncdiff_pl.parallel.api import parallelize
+from asyncdiff_pl.parallel.handle import Parallel
 from asyncdiff_pl.parallel.layout import Groups, Layout
 from asyncdiff_pl.parallel.time.settings import TimeParallel
 from asyncdiff_pl.parallel.time.solved import Solved
