@@ -15,9 +15,10 @@ def own_cache(tmp_path_factory):
     os.environ["ASYNCDIFF_PL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def ctrl_c():
-    # a shell starts a background job with SIGINT ignored, and every process that the tests start would inherit that
+    # a shell starts a background job with SIGINT ignored, Lightning ignores it after a run that it stopped within this
+    # process, and every process that the tests start would inherit that
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -229,6 +229,16 @@ def download(folder: Path) -> None:
     if found != ARCHIVE_MD5:
         partial.unlink()
         raise ValueError(f"What came from {ARCHIVE_URL} has the MD5 sum {found}, not {ARCHIVE_MD5}; try again.")
+    batches = folder / BATCHES_FOLDER
+    batches.mkdir(exist_ok=True)
+    names = {name for part in BATCHES.values() for name in part}
     with tarfile.open(partial) as content:
-        content.extractall(folder, filter="data")
+        for member in content:
+            # the batches alone, by their own names: nothing may be written elsewhere
+            name, file_inside = Path(member.name).name, content.extractfile(member)
+            if file_inside is not None and name in names:
+                # under its name only when it is complete
+                temporary = batches / f".{name}"
+                temporary.write_bytes(file_inside.read())
+                temporary.replace(batches / name)
     partial.unlink()
