@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from asyncdiff_pl.cli.overview import overview, with_named_configs
 from asyncdiff_pl.processes import GRACE, TRAINING_GRACE, die_with_parent, heed_signals, report_and_exit
+
+OTHERS = ("compare", "plan", "report", "sweep", "test")
+"""Subcommands that are not Lightning's: each has a module of its name in `cli`, and there a function `run_<name>`."""
 
 
 def main() -> None:
@@ -22,30 +26,9 @@ def main() -> None:
         from asyncdiff_pl.cli.terminal import tidy
 
         tidy()
-        if arguments[0] == "compare":
-            from asyncdiff_pl.cli.compare import run_compare
-
-            run_compare(arguments[1:])
-            return
-        if arguments[0] == "plan":
-            from asyncdiff_pl.cli.plan import run_plan
-
-            run_plan(arguments[1:])
-            return
-        if arguments[0] == "report":
-            from asyncdiff_pl.cli.report import run_report
-
-            run_report(arguments[1:])
-            return
-        if arguments[0] == "sweep":
-            from asyncdiff_pl.cli.sweep import run_sweep
-
-            run_sweep(arguments[1:])
-            return
-        if arguments[0] == "test":
-            from asyncdiff_pl.cli.test import run_test
-
-            run_test(arguments[1:])
+        if arguments[0] in OTHERS:
+            module = importlib.import_module(f"asyncdiff_pl.cli.{arguments[0]}")
+            getattr(module, f"run_{arguments[0]}")(arguments[1:])
             return
         from asyncdiff_pl.cli.command import run
 

@@ -15,9 +15,7 @@ those of SD 2.1 by their place on the way through the network.
 from __future__ import annotations
 
 import csv
-import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,9 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, StableVideoDiffusionPipeline
-from jsonargparse import auto_cli
-from measure_quality import parse_shard
 from scene_samples import FPS, compute_exactly, held_out, load
+from shards import parse_shard, run_commands, whole_lines, write_table
 from sheets import to_images
 from torch import Tensor
 
@@ -146,7 +143,7 @@ def measure(
     steps = {"tiny-svd": svd_steps, "tiny-sd": sd_steps}
     path = folder / f"deviation_{index}of{number}.csv"
     if path.exists():
-        path.write_text("".join(_whole_lines(path)), encoding="utf-8")
+        path.write_text("".join(whole_lines(path)), encoding="utf-8")
     there = Counter(row[:5] for row in read_rows(folder))
     jobs = [(model, job) for model in models for job in jobs_of(model)][index::number]
     prepared = {}
@@ -212,25 +209,16 @@ def tables(rows: Iterable[Row]) -> list[str]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Appends rows to a CSV file, with a header if it is new."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(Row._fields)
-        writer.writerows((*row[:-1], f"{row.deviation:.6f}") for row in rows)
+    write_table(path, Row._fields, ((*row[:-1], f"{row.deviation:.6f}") for row in rows), append=True)
 
 
 def read_rows(folder: Path) -> list[Row]:
     """Rows of all shards; a line that was cut off is left out."""
     rows = []
     for path in sorted(folder.glob("deviation_*of*.csv")):
-        for model, steps, seed, gpus, schedule, sample, deviation in list(csv.reader(_whole_lines(path)))[1:]:
+        for model, steps, seed, gpus, schedule, sample, deviation in list(csv.reader(whole_lines(path)))[1:]:
             rows.append(Row(model, int(steps), int(seed), int(gpus), schedule, int(sample), float(deviation)))
     return rows
-
-
-def _whole_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def deviations(latents: Tensor, reference: Tensor) -> Tensor:
@@ -294,13 +282,5 @@ def _all(call: Callable[[slice, list[torch.Generator]], Tensor], samples: int, b
     return torch.cat(found)
 
 
-def main() -> None:
-    """Runs one of the commands; bad input is told in one line."""
-    try:
-        auto_cli([measure, merge], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_commands(measure, merge, description=__doc__)

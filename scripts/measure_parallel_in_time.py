@@ -10,19 +10,16 @@ other; started again, it goes on where it was. `merge` writes samples.csv, solve
 
 from __future__ import annotations
 
-import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, StableDiffusionPipeline
-from jsonargparse import auto_cli
-from measure_quality import parse_shard
 from parallel_in_time_rows import GUIDANCE, STEPS, Row, complete, gather, jobs_of, read_rows, tables, write_rows
 from scene_samples import compute_exactly, generate_pictures, held_out, load
+from shards import parse_shard, run_commands
 from torch import Tensor
 
 from asyncdiff_pl.data.scenes import CLASS_NAMES
@@ -138,13 +135,5 @@ def prepare(model: str, dtype: str, samples: int, device: torch.device | str) ->
     )
 
 
-def main() -> None:
-    """Runs one of the commands; bad input is told in one line."""
-    try:
-        auto_cli([measure, merge], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_commands(measure, merge, description=__doc__)

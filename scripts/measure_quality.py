@@ -10,16 +10,13 @@ rows), summary.csv, quality.md, quality.png and quality_ranks.png into the folde
 
 from __future__ import annotations
 
-import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDiffusionPipeline
-from jsonargparse import auto_cli
 from quality_rows import (
     LAYOUTS,
     ONE_RANK,
@@ -37,6 +34,7 @@ from quality_rows import (
     write_rows,
 )
 from scene_samples import PerSceneMotion, Scorer, compute_exactly, generate_pictures, generate_videos, held_out, load
+from shards import parse_shard, run_commands
 from torch import Tensor
 
 from asyncdiff_pl.metrics.psnr import psnr
@@ -200,24 +198,5 @@ def run(pipe: DiffusionPipeline, setting: Setting, generate: Callable[[], Tensor
         handle.remove()
 
 
-def parse_shard(shard: str) -> tuple[int, int]:
-    """Index and number of shards from `0/4`.
-
-    Raises:
-        ValueError: It does not read so.
-    """
-    parts = shard.split("/")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
-        raise ValueError(f"shard is {shard}; give 0/4, 1/4, 2/4 or 3/4, say.")
-    return int(parts[0]), int(parts[1])
-
-
-def main() -> None:
-    try:
-        auto_cli([measure, merge], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_commands(measure, merge, description=__doc__)

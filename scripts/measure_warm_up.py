@@ -11,9 +11,7 @@ warm_up.md and warm_up.png into the folder.
 from __future__ import annotations
 
 import csv
-import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from jsonargparse import auto_cli
-from measure_quality import Samples, parse_shard, prepare_pictures
+from measure_quality import Samples, prepare_pictures
 from scene_samples import Scorer, load
+from shards import complete_keys, parse_shard, run_commands, whole_lines, write_table
 from torch import Tensor
 
 from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
@@ -183,22 +181,22 @@ def run(pipe: DiffusionPipeline, setting: Setting, made: Samples) -> tuple[Tenso
 
 def write_rows(path: Path, rows: Iterable[Row], append: bool = False) -> None:
     """Writes rows to a CSV file, with a header if it is new."""
-    is_new = not append or not path.exists()
-    with path.open("w" if is_new else "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        for row in rows:
-            figures = (repr(round(row.psnr_db, 4)), repr(round(row.score, 4)))
-            writer.writerow([row.steps, row.seed, *row.setting, row.sample, row.exact_steps, *figures])
+    cells = (
+        [*(row.steps, row.seed, *row.setting, row.sample, row.exact_steps), *map(_rounded, (row.psnr_db, row.score))]
+        for row in rows
+    )
+    write_table(path, COLUMNS, cells, append)
+
+
+def _rounded(figure: float) -> str:
+    return repr(round(figure, 4))
 
 
 def read_rows(path: Path) -> list[Row]:
     """Reads the rows of a file, none where there is no such file; a line that was cut off is left out."""
     if not path.exists():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    lines = [line for line in csv.reader(whole) if len(line) == len(COLUMNS) and line[0] != COLUMNS[0]]
+    lines = [line for line in csv.reader(whole_lines(path)) if len(line) == len(COLUMNS) and line[0] != COLUMNS[0]]
     found = []
     for steps, seed, stages, form, value, refresh, sample, exact, psnr_db, score in lines:
         setting = Setting(int(stages), form, float(value), int(refresh))
@@ -208,10 +206,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def complete(rows: Iterable[Row], samples: int) -> set[Setting]:
     """Settings of which all samples are there."""
-    found: dict[Setting, set[int]] = {}
-    for row in rows:
-        found.setdefault(row.setting, set()).add(row.sample)
-    return {setting for setting, there in found.items() if there >= set(range(samples))}
+    return complete_keys(((row.setting, row.sample) for row in rows), samples)
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -362,12 +357,5 @@ def plot(found: list[Figures], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    try:
-        auto_cli([measure, merge], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_commands(measure, merge, description=__doc__)

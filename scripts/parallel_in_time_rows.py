@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from shards import complete_keys, whole_lines, write_table
 
 STEPS = (100, 50)
 ORDERS = (None, 20, 1)
@@ -136,22 +137,15 @@ _READ: dict[str, Callable[[str], object]] = {
 
 def write_rows(path: Path, rows: Iterable[Row], append: bool = False) -> None:
     """Writes rows to a CSV file, with a header if it is new."""
-    new = not append or not path.exists()
-    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for row in rows:
-            figures = [*row[1:-1], repr(round(row.psnr_db, 4))]
-            writer.writerow([row.job.model, row.job.steps, *row.job.setting, *figures])
+    cells = ([row.job.model, row.job.steps, *row.job.setting, *row[1:-1], repr(round(row.psnr_db, 4))] for row in rows)
+    write_table(path, COLUMNS, cells, append)
 
 
 def read_rows(folder: Path, pattern: str = "samples_*of*.csv") -> list[Row]:
     """Reads the rows of a folder; a line that was cut off is left out."""
     rows = []
     for path in sorted(folder.glob(pattern)):
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        for cells in csv.DictReader(whole):
+        for cells in csv.DictReader(whole_lines(path)):
             read = {name: _READ.get(name, str)(cell) for name, cell in cells.items()}
             setting = Setting(*(read[name] for name in Setting._fields))
             job = Job(read["model"], read["steps"], setting)
@@ -161,11 +155,7 @@ def read_rows(folder: Path, pattern: str = "samples_*of*.csv") -> list[Row]:
 
 def complete(rows: Iterable[Row], samples: int, seed: int) -> set[Job]:
     """Jobs of which all samples are there."""
-    found: dict[Job, set[int]] = {}
-    for row in rows:
-        if row.seed == seed:
-            found.setdefault(row.job, set()).add(row.sample)
-    return {job for job, there in found.items() if there >= set(range(samples))}
+    return complete_keys(((row.job, row.sample) for row in rows if row.seed == seed), samples)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from shards import complete_keys, whole_lines, write_table
+
 WARM_UPS = (1, 3, 5, 9)
 """Warm-ups that are measured where none are named."""
 SVD_WARM_UPS = (3, 9, 17)
@@ -141,14 +143,17 @@ class Row(NamedTuple):
 
 def write_rows(path: Path, rows: Iterable[Row], append: bool = False) -> None:
     """Writes rows to a CSV file, with a header if it is new."""
-    new = not append or not path.exists()
-    with path.open("w" if new else "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for row in rows:
-            figures = (repr(round(row.psnr_db, 4)), repr(round(row.score, 4)))
-            writer.writerow([row.model, *row.conditions, *row.setting, row.sample, *figures])
+    cells = (
+        [
+            row.model,
+            *row.conditions,
+            *row.setting,
+            row.sample,
+            *(repr(round(each, 4)) for each in (row.psnr_db, row.score)),
+        ]
+        for row in rows
+    )
+    write_table(path, COLUMNS, cells, append)
 
 
 def read_rows(folder: Path, conditions: Conditions | None = None, pattern: str = "samples_*of*.csv") -> list[list[Row]]:
@@ -166,8 +171,7 @@ def read_rows(folder: Path, conditions: Conditions | None = None, pattern: str =
     """
     files = []
     for path in sorted(folder.glob(pattern)):
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        header, *lines = csv.reader(whole) if whole else [[]]
+        header, *lines = list(csv.reader(whole_lines(path))) or [[]]
         rows = [_row(dict(zip(header, line, strict=True))) for line in lines if len(line) == len(header)]
         for row in rows:
             conditions = conditions or row.conditions
@@ -196,7 +200,4 @@ def _row(cells: dict[str, str]) -> Row:
 
 def complete(rows: Iterable[Row], samples: int) -> set[tuple[str, Setting]]:
     """Models and settings of which all samples are there."""
-    found: dict[tuple[str, Setting], set[int]] = {}
-    for row in rows:
-        found.setdefault((row.model, row.setting), set()).add(row.sample)
-    return {key for key, there in found.items() if there >= set(range(samples))}
+    return complete_keys((((row.model, row.setting), row.sample) for row in rows), samples)

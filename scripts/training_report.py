@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from shards import whole_lines, write_table
+
 COLUMNS = ("method", "seed", "minutes", "seconds", "steps", "images", "distance", "pictures", "measure")
 
 
@@ -14,19 +16,14 @@ def read_rows(output: Path) -> list[dict[str, str]]:
     """All processes' rows; of those of one run and mark the last, since a run that was stopped begins anew."""
     rows = {}
     for path in sorted(output.glob("runs*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows |= {(row["method"], row["seed"], row["minutes"]): row for row in csv.DictReader(file)}
+        found = csv.DictReader(whole_lines(path))
+        rows |= {(row["method"], row["seed"], row["minutes"]): row for row in found}
     return list(rows.values())
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Adds a row, and the header to a new file."""
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    write_table(path, COLUMNS, [[row[name] for name in COLUMNS]], append=True)
 
 
 def report(output: Path) -> None:

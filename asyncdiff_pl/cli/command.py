@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jsonargparse import Namespace
@@ -269,24 +269,45 @@ def run(arguments: list[str]) -> None:
     Raises:
         ValueError: The input is bad; the message is one sentence.
     """
-    # from here the parser takes them, and Lightning for the other ranks that it starts
-    sys.argv[1:] = arguments
-    Command(
-        LightningModule,
-        LightningDataModule,
+    start(
+        Command,
+        arguments,
         save_config_callback=ConfigWriter,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        trainer_class=Trainer,
         trainer_defaults={"use_distributed_sampler": True},
-        parser_class=Parser,
         parser_kwargs={
             "predict": {"usage": PREDICT.usage, "description": PREDICT.description},
             "fit": {"usage": FIT.usage, "description": FIT.description},
             "validate": {"usage": VALIDATE.usage, "description": VALIDATE.description},
         },
-        auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
+    )
+
+
+StartedCommand = TypeVar("StartedCommand", bound=Command)
+
+
+def start(kind: type[StartedCommand], arguments: list[str], **settings: Any) -> StartedCommand:
+    """Reads a config with its overrides, and does what the command is for.
+
+    Args:
+        kind: The command.
+        arguments: The subcommand, and what stands behind it.
+        **settings: Further arguments of `LightningCLI`; without any no config is saved.
+
+    Returns:
+        The command, when it is done.
+    """
+    # from here the parser takes them, and Lightning for the other ranks that it starts
+    sys.argv[1:] = arguments
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=Trainer,
+        parser_class=Parser,
+        auto_configure_optimizers=False,
+        **{"save_config_callback": None, **settings},
     )
 
 

@@ -16,13 +16,16 @@ Writes a table (compare.csv, compare.md), the samples' own numbers (compare_samp
 
 
 class Parser(ArgumentParser):
-    """Ends bad arguments in one sentence."""
+    """Ends bad arguments in one sentence; a subclass says whose they are."""
+
+    command = "compare"
+    takes = f"two folders: {PROGRAM} compare A B"
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if "required" in str(message):
-            raise ValueError(f"compare takes two folders: {PROGRAM} compare A B.") from ex
-        raise ValueError(one_sentence(str(message), "compare")) from ex
+            raise ValueError(f"{self.command} takes {self.takes}.") from ex
+        raise ValueError(one_sentence(str(message), self.command)) from ex
 
 
 def run_compare(arguments: list[str]) -> None:

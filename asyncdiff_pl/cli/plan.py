@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
-from asyncdiff_pl.cli.command import Command, Parser, check_size
+from asyncdiff_pl.cli.command import Command, check_size, start
 from asyncdiff_pl.cli.messages import one_sentence
 from asyncdiff_pl.cli.overview import PROGRAM
 from asyncdiff_pl.parallel.foreseen import LINKS, Link
@@ -100,18 +98,7 @@ def run_plan(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
-    # from here the parser takes them
-    sys.argv[1:] = ["predict", *arguments]
-    PlanCommand(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        trainer_class=Trainer,
-        parser_class=Parser,
-        auto_configure_optimizers=False,
-    )
+    start(PlanCommand, ["predict", *arguments])
 
 
 def _gpus(config: Namespace) -> list[int]:

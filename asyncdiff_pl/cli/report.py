@@ -10,6 +10,13 @@ Reports on runs from their log folders alone: a page (report.html) with a table,
 to run on how many GPUs, and how; the table (report.csv) and the plots (PNG) as files of their own."""
 
 
+class ReportParser(Parser):
+    """Ends bad arguments in one sentence."""
+
+    command = "report"
+    takes = f"log folders: {PROGRAM} report RUN [RUN ...]"
+
+
 def run_report(arguments: list[str]) -> None:
     """Runs `report` and prints what it recommends.
 
@@ -21,7 +28,7 @@ def run_report(arguments: list[str]) -> None:
     """
     from asyncdiff_pl.report.report import report
 
-    parser = Parser(usage=f"{PROGRAM} report RUN... [--SETTING VALUE ...]", description=DESCRIPTION)
+    parser = ReportParser(usage=f"{PROGRAM} report RUN... [--SETTING VALUE ...]", description=DESCRIPTION)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Log folders of `predict`, or the folder of a sweep.")
     parser.add_function_arguments(report, skip={"runs"})
     print(report(**parser.parse_args(arguments).as_dict()))

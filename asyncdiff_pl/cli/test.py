@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
 from asyncdiff_pl.cli.checkpoints import export, find_checkpoint, find_pipeline
-from asyncdiff_pl.cli.command import Command, Parser, logger_folders, run
+from asyncdiff_pl.cli.command import Command, logger_folders, run, start
 from asyncdiff_pl.cli.help import TEST
 from asyncdiff_pl.models.training import DDPM
 from asyncdiff_pl.processes import own_rank
@@ -69,17 +66,6 @@ def run_test(arguments: list[str]) -> None:
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         run(["predict", *arguments])
         return
-    # from here the parser takes them
-    sys.argv[1:] = ["test", *arguments]
-    command = TestCommand(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        trainer_class=Trainer,
-        parser_class=Parser,
-        parser_kwargs={"test": {"usage": TEST.usage, "description": TEST.description}},
-        auto_configure_optimizers=False,
-    )
+    usage = {"usage": TEST.usage, "description": TEST.description}
+    command = start(TestCommand, ["test", *arguments], parser_kwargs={"test": usage})
     run(["predict", *command.arguments])

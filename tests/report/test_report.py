@@ -205,6 +205,10 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"report: {tmp_path / 'out' / 'report.html'}\n")
     with pytest.raises(ValueError, match=r"There is no folder .*missing to report"):
         run_report([str(tmp_path / "missing")])
+    with pytest.raises(ValueError, match=r"^report takes log folders: python -m asyncdiff_pl report RUN \[RUN ...\].$"):
+        run_report([])
+    with pytest.raises(ValueError, match=r"^samples is many; it must be int"):
+        run_report([str(run), "--samples", "many"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no samples of a run"):
         run_report([str(tmp_path / "empty")])
