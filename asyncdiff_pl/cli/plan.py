@@ -42,11 +42,6 @@ SETTING = {"AsyncDiffStrategy": "stages", "PatchStrategy": "patches", "StepParal
 class PlanCommand(Command):
     """Reads the config as `predict` does, and makes no more of it than the model, the data module and the strategy."""
 
-    @staticmethod
-    @override
-    def subcommands() -> dict[str, set[str]]:
-        return {"predict": Command.subcommands()["predict"]}
-
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
