@@ -4,7 +4,6 @@ With a backend that runs graphs as they are, or as torch takes them apart for In
 test_ranks.py.
 """
 
-import pytest
 import torch
 from denoisers import ddim
 from patch_scenarios import one_level, tall
