@@ -1,5 +1,6 @@
 """Cuts: given, named and found."""
 
+import functools
 import itertools
 
 import pytest
@@ -16,6 +17,7 @@ def graph() -> Graph:
     return graph_of("sdxl")
 
 
+@functools.cache
 def graph_of(name: str) -> Graph:
     sampler = Sampler(name)
     latents = sampler.call(sampler.latents)
