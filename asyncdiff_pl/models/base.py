@@ -241,6 +241,14 @@ class DiffusionPredictor(LightningModule):
         """
         return None
 
+    @property
+    def why_unforeseen(self) -> str:
+        """What `example_call` lacks where it gives nothing, and what to do, in a sentence."""
+        return (
+            f"The architecture of {self.pretrained} is not known here: give a local folder with the checkpoint's JSON "
+            "files as pretrained (no weights are needed)."
+        )
+
     # -- the pipeline -------------------------------------------------------------------------------------------
 
     def check(self) -> None:

@@ -89,7 +89,7 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
     if height is not None and width is not None:
         example = module.example_call(height, width)
         if example is None:
-            lines["time"] = "not known before a run: the architecture of this checkpoint is not known without it"
+            lines["time"] = f"not known before a run. {module.why_unforeseen}"
         elif hasattr(strategy, "max_iterations"):
             lines["time"] = "not known before a run: it is the samples that tell how many iterations they take"
         else:

@@ -59,6 +59,7 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
         ([*STEPS, DRIFT], "ranks", "stride 1, warm_up until drift 0.1, at most 9, cfg 1"),
         ([*STEPS, DRIFT], "time", " to "),
         (["--trainer.devices", "4", "--data.max_images", "1"], "ranks", "1 of the data groups have nothing to do"),
+        (["--trainer.strategy", "StepParallelStrategy"], "ranks", "1 data group of 2 (steps, parallel_steps 2"),
         (["--trainer.strategy", "ddp"], "ranks", "2 on cpu: 2 data groups of 1 (DDPStrategy)"),
         (["--frame_writer.png", "false", "--frame_writer.animation", "none"], "disk", "about 0.0 MiB"),
         (["--trainer.strategy.cut", CUT], "cut", "stages of "),

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils._pytree import tree_map
 
 from asyncdiff_pl.data.sample import Sample
-from asyncdiff_pl.models import IPAdapter, Lora, PipelinePredictor
+from asyncdiff_pl.models import IPAdapter, Lora, PipelinePredictor, example_calls
 
 SAVED = {
     "sd": checkpoints.save_small_sd,
@@ -340,6 +340,14 @@ def test_the_example_call_is_the_pipelines_call(predictor, place, name):
     assert {p.device.type for p in twin.parameters()} == {"meta"}
 
 
+def test_why_a_denoiser_is_not_foreseen(place, monkeypatch):
+    monkeypatch.delitem(example_calls.CALLS, "SD3Transformer2DModel")
+    module = PipelinePredictor(place("sd3"))
+    assert module.example_call(64, 64) is None
+    assert module.why_unforeseen.startswith("How a pipeline calls its SD3Transformer2DModel is not known here")
+    assert "give a local folder" in PipelinePredictor("owner/name").why_unforeseen
+
+
 CONTROLNET = "StableDiffusionControlNetPipeline"
 
 
@@ -429,6 +437,12 @@ def test_single_files_and_quantised_weights(place, tmp_path):
         ("dit", Sample("a", inputs={"class_label": 1000}), "has no class 1000; give a number from 0 to 999"),
         ("sdxl", Sample("a", inputs={"stength": 0.5}), "Sample a has stength, but StableDiffusionXLPipeline takes no"),
         ("two controlnets", PICTURES[0], "Sample a has no control_image, which `call` names"),
+        # what diffusers itself finds
+        (
+            "sdxl",
+            Sample("a", inputs={"prompt": "a boat", "height": 100}),
+            "^StableDiffusionXLPipeline refuses its call: .* divisible by 8 .*with height, prompt; model.call takes",
+        ),
     ],
 )
 def test_samples_that_do_not_fit(predictor, kind, sample, message):
