@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils._pytree import tree_map
 
 from asyncdiff_pl.data.sample import Sample
-from asyncdiff_pl.models import IPAdapter, Lora, PipelinePredictor, example_calls
+from asyncdiff_pl.models import DiffusionPredictor, IPAdapter, Lora, PipelinePredictor, example_calls
 
 SAVED = {
     "sd": checkpoints.save_small_sd,
@@ -346,6 +346,7 @@ def test_why_a_denoiser_is_not_foreseen(place, monkeypatch):
     assert module.example_call(64, 64) is None
     assert module.why_unforeseen.startswith("How a pipeline calls its SD3Transformer2DModel is not known here")
     assert "give a local folder" in PipelinePredictor("owner/name").why_unforeseen
+    assert DiffusionPredictor("owner/name").why_unforeseen.startswith("DiffusionPredictor does not say how its")
 
 
 CONTROLNET = "StableDiffusionControlNetPipeline"
