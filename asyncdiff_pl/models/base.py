@@ -246,7 +246,7 @@ class DiffusionPredictor(LightningModule):
         """What `example_call` lacks where it gives nothing, and what to do, in a sentence."""
         if type(self).example_call is DiffusionPredictor.example_call:
             return (
-                f"{type(self).__name__} does not say how its denoiser is called (`example_call`); runs do not need it."
+                f"{type(self).__name__} does not say how its denoiser is called (`example_call`); runs need none of it."
             )
         return (
             f"The architecture of {self.pretrained} is not known here: give a local folder with the checkpoint's JSON "

@@ -3,6 +3,8 @@ import re
 import pytest
 
 from asyncdiff_pl.callbacks.sample_table import write_table
+from asyncdiff_pl.parallel import Layout
+from asyncdiff_pl.strategies import GroupStrategy
 from asyncdiff_pl.strategies.launcher import GroupLauncher
 
 CUT = '[["conv_in", "down_blocks"], ["mid_block", "up_blocks", "conv_norm_out", "conv_out"]]'
@@ -73,6 +75,26 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
 )
 def test_what_a_setting_changes(dry_run, arguments, name, text):
     assert text in dry_run(*arguments)[name]
+
+
+class Own(GroupStrategy):
+    """A strategy that a user wrote."""
+
+    def __init__(self, stages: int = 2) -> None:
+        self.stages = stages
+        super().__init__(Layout(stages=stages), stages, 60.0)
+
+    def install(self, module):
+        raise NotImplementedError
+
+    def describe(self):
+        return {"strategy": "own", "stages": self.stages}
+
+
+def test_the_time_of_a_strategy_of_ones_own_is_not_foreseen(dry_run):
+    lines = dry_run("--trainer.strategy", f"{__name__}.Own")
+    assert "1 data group of 2 (own, stages 2)" in lines["ranks"]
+    assert lines["time"] == "not known before a run: what ranks do by Own is not foreseen"
 
 
 def test_a_cut_that_leaves_units_out(command):
