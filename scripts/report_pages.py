@@ -45,9 +45,9 @@ SHOWN = {
 PAGE = """\
 # Latencies on H200s
 
-Every row of [data/h200_denoising.csv](data/h200_denoising.csv) as a table; of those that were timed again, the last. This
-page is written by `python scripts/report_pages.py latencies docs/data/h200_denoising.csv docs/h200_latencies.md`. What was run,
-how, and what it means: [benchmarks.md](benchmarks.md). What the layouts cost in quality: [quality.md](quality.md).
+Every row of [data/h200_denoising.csv](data/h200_denoising.csv) as a table; of those that were timed again, the last.
+`python scripts/report_pages.py latencies docs/data/h200_denoising.csv docs/h200_latencies.md` writes this page. What
+was run, how, and what it means: [benchmarks.md](benchmarks.md). What layouts cost in quality: [quality.md](quality.md).
 
 Full-size networks with random weights on {machines} (NVLink), {versions}.
 
