@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from asyncdiff_pl.models.loading import quiet_libraries
-from asyncdiff_pl.models.training.base import Batch, NetworkTraining, drawn_from
+from asyncdiff_pl.models.training.base import Batch, NetworkTraining, counted
 from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.models.training.unconditional_unet import build_unet
 from asyncdiff_pl.models.unconditional_pipeline import UnconditionalPipeline
-from asyncdiff_pl.training.continuous_noise import spread_uniform
+from asyncdiff_pl.sampling.seeded_noise import seeded_normal
 from asyncdiff_pl.training.discrete_noise import DiscreteNoise, PredictionType
 from asyncdiff_pl.training.loss_weights import LossWeight, UniformWeight
 from asyncdiff_pl.training.noise_schedule import BetaSchedule, betas, signal_levels
@@ -26,6 +26,9 @@ from asyncdiff_pl.training.timesteps import TimestepSampler, UniformTimesteps
 
 DIFFUSERS_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 """What diffusers calls the noise schedules that it knows."""
+
+GOLDEN_RATIO = (1 + 5**0.5) / 2
+"""The fractional parts of its first multiples are spread evenly over (0, 1), however many they are."""
 
 
 class DDPM(NetworkTraining):
@@ -202,12 +205,12 @@ class DDPM(NetworkTraining):
 
     @override
     def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        clean = self._clean(batch)
-        with drawn_from(number, clean.device):
-            # all timesteps evenly, whatever the training's are
-            timesteps = (spread_uniform(len(clean), clean.device) * len(self.noise)).long()
-            losses = self._errors(timesteps.clamp(max=len(self.noise) - 1), clean, torch.randn_like(clean))
-        return {"loss": losses.mean()}
+        clean, index, number = self._clean(batch), batch["index"], counted(batch)
+        # each picture's own, whatever batch and rank it is in, and whatever the training's timesteps are
+        share = (index.double() * GOLDEN_RATIO) % 1
+        timesteps = (share * len(self.noise)).long().clamp(max=len(self.noise) - 1)
+        losses = self._errors(timesteps, clean, seeded_normal(index, 0, clean.shape[1:]))
+        return {"loss": losses[:number].sum() / max(1, number)}
 
     def pipeline(self) -> UnconditionalPipeline:
         """The pipeline of the network as it is now: DDIM's steps."""
