@@ -54,5 +54,5 @@ def test_learned_variances_that_nobody_takes():
     check_learned_variance(network, own)
     check_learned_variance(diffusers.UNet2DModel(**settings), diffusers.DDIMScheduler())
     for name, changes in (("ddim", None), (None, {"variance_type": "fixed_small"})):
-        with pytest.raises(ValueError, match="learned its steps' variances, which .* or take UnconditionalPredictor"):
+        with pytest.raises(ValueError, match=r"learned its steps' variances, which .* or take UnconditionalPredictor"):
             check_learned_variance(network, build_scheduler(name, own, changes))
