@@ -180,7 +180,8 @@ class Cifar10(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         done = self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
         picked = PickedPictures(self.num_images, self.batch_size, *self._world, self.seed, self.flip, done)
-        return DataLoader(picked, batch_size=None)
+        # indices in page-locked memory: no step waits for their copy
+        return DataLoader(picked, batch_size=None, pin_memory=torch.cuda.is_available())
 
     @override
     def val_dataloader(self) -> DataLoader:

@@ -162,6 +162,17 @@ def test_a_stopped_run_has_the_losses_of_one_that_was_not(tmp_path):
         assert torch.equal(one, other), name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_fused_steps_clip_gradients_in_mixed_precision_as_well():
+    module = build()
+    settings = {"precision": "bf16-mixed", "gradient_clip_val": 1e-3, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(max_steps=1, **settings, **QUIET)
+    trainer.fit(module, DataLoader([{"frames": torch.rand(4, 1, 3, 8, 8)}], batch_size=None))
+    assert all(group["fused"] for group in trainer.optimizers[0].param_groups)
+    norm = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
 # -- ranks ------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
@@ -186,7 +188,32 @@ class NetworkTraining(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        return self.optimizer.build(self.network, self.trainer.max_steps)
+        return self.build_optimizer(self.network)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # past the mixed precision's own, which does not clip for fused optimizers: they may undo a scaling of
+        # gradients, and without float16 there is none
+        clip = Precision.clip_gradients if self._is_fused else type(self.trainer.precision_plugin).clip_gradients
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+        clip(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
+    def build_optimizer(self, trained: nn.Module) -> dict[str, Any]:
+        """What `configure_optimizers` returns.
+
+        Args:
+            trained: Holds all parameters that are trained.
+        """
+        return self.optimizer.build(trained, self.trainer.max_steps, self._is_fused)
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.trainer.precision != "16-mixed"
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
