@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from checkpoints import save_small_svd
+from traces import shared_traces
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +32,12 @@ def own_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def one_trace():
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,9 @@ TRAINING_OTHERS = {"model": [DDPM], "data": [data.Cifar10]}
 TRAINED = ("fit", "validate", "test")
 """Subcommands that take configs of training."""
 
+SAYS = {"predict": PREDICT, "fit": FIT, "validate": VALIDATE, "test": TEST}
+"""What the help of each subcommand says of itself."""
+
 EXPLAINED = {
     PREDICT.usage: (PREDICT, SETTINGS, OTHERS),
     FIT.usage: (FIT, TRAINING_SETTINGS, TRAINING_OTHERS),
@@ -142,11 +145,14 @@ class Command(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         # pipelines are folders of weights, and training goes on in its own log folder: no checkpoint is asked for
         others = {"model", "datamodule", "ckpt_path", "weights_only"}
-        return {
+        found = {
             "predict": {"dataloaders", *others},
             "fit": {"train_dataloaders", "val_dataloaders", *others},
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
         }
+        # reading the settings of all classes takes a moment for each: only what is asked for, if it is one of them
+        asked = sys.argv[1] if len(sys.argv) > 1 else ""
+        return {asked: found[asked]} if asked in found else found
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -196,6 +202,7 @@ class Command(LightningCLI):
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._prepared = subcommand
+        kwargs |= {"usage": SAYS[subcommand].usage, "description": SAYS[subcommand].description}
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             # all frames of a long run would stay in memory
@@ -275,11 +282,6 @@ def run(arguments: list[str]) -> None:
         arguments,
         save_config_callback=ConfigWriter,
         trainer_defaults={"use_distributed_sampler": True},
-        parser_kwargs={
-            "predict": {"usage": PREDICT.usage, "description": PREDICT.description},
-            "fit": {"usage": FIT.usage, "description": FIT.description},
-            "validate": {"usage": VALIDATE.usage, "description": VALIDATE.description},
-        },
         save_config_kwargs={"overwrite": True},
     )
 

@@ -38,11 +38,6 @@ All settings of `predict` count here too: {PROGRAM} predict --help."""
 class PlanCommand(Command):
     """Reads the config as `predict` does, and makes no more of it than the model, the data module and the strategy."""
 
-    @staticmethod
-    @override
-    def subcommands() -> dict[str, set[str]]:
-        return {"predict": Command.subcommands()["predict"]}
-
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

@@ -6,7 +6,6 @@ from typing_extensions import override
 
 from asyncdiff_pl.cli.checkpoints import export, find_checkpoint, find_pipeline
 from asyncdiff_pl.cli.command import Command, logger_folders, run, start
-from asyncdiff_pl.cli.help import TEST
 from asyncdiff_pl.models.training import DDPM
 from asyncdiff_pl.processes import own_rank
 
@@ -66,6 +65,5 @@ def run_test(arguments: list[str]) -> None:
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         run(["predict", *arguments])
         return
-    usage = {"usage": TEST.usage, "description": TEST.description}
-    command = start(TestCommand, ["test", *arguments], parser_kwargs={"test": usage})
+    command = start(TestCommand, ["test", *arguments])
     run(["predict", *command.arguments])

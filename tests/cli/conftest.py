@@ -132,6 +132,12 @@ def within_this_process(folder):
     rank_zero_only.rank = 0
 
 
+@pytest.fixture(scope="session")
+def apart():
+    """Makes commands in folders of their own, for what several tests share."""
+    return within_this_process
+
+
 @pytest.fixture
 def command(tmp_path):
     with within_this_process(tmp_path) as found:

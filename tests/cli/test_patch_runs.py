@@ -57,7 +57,9 @@ def test_less_is_sent_with_a_smaller_portion_and_most_where_all_is_exact(command
         "none": (STRATEGY + "portion", "0"),
         "naive": (STRATEGY + "mode", "naive"),
     }.items():
-        here(name, *SIMULATED, STRATEGY + "warm_up", "2", *more, "--clip_score.model", "null")
+        here(
+            name, *SIMULATED, STRATEGY + "warm_up", "2", *more, "--clip_score.model", "null", "--data.max_prompts", "1"
+        )
         (result,) = command.log(name).table("results.csv")
         sent[name] = float(result["mib_per_step"])
     assert sent["exact"] >= sent["all"] > 2 * sent["none"] > sent["naive"] == 0

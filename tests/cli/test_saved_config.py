@@ -1,15 +1,26 @@
 """What a run saves as its settings starts a new run like it, wherever it came from itself."""
 
+import shutil
+
 import pytest
 import yaml
 
-ONE_RANK = ("--trainer.devices", "1", "--trainer.strategy.stages", "1")
+ONE_RANK = ("--trainer.devices", "1", "--trainer.strategy.stages", "1", "--clip_score.model", "null")
 SHORT = (*ONE_RANK, "--data.max_images", "2", "--model.num_inference_steps", "1")
 
 
+@pytest.fixture(scope="module")
+def made(apart, tmp_path_factory):
+    """A run that is over."""
+    with apart(tmp_path_factory.mktemp("made")) as elsewhere:
+        elsewhere.here(*SHORT)
+    return elsewhere.log()
+
+
 @pytest.fixture
-def done(command):
-    command.here(*SHORT)
+def done(command, made):
+    """Its log folder, in the command's own."""
+    shutil.copytree(made.path, command.log().path)
     return command.log()
 
 
@@ -18,10 +29,10 @@ def test_a_saved_config_starts_a_new_run(command, done):
     assert command.log(version=1).samples() == done.samples()
 
 
-def test_a_saved_config_needs_nothing_else(command, done, monkeypatch):
+def test_a_saved_config_needs_nothing_else(command, made, done, monkeypatch):
     monkeypatch.setattr(command, "arguments", lambda *more: [*more])
-    command.here("predict", "--config", str(done.path / "config.yaml"))
-    assert command.log(version=1).samples() == done.samples()
+    command.here("predict", "--config", str(made.path / "config.yaml"))
+    assert type(made)(made.path.with_name("version_1")).samples() == done.samples()
 
 
 def test_a_resumed_run_saves_what_starts_a_new_one(command, done):

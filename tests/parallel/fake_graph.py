@@ -98,7 +98,7 @@ class _Writer(TorchDispatchMode):
         if mutates:
             self._keep(given)
         output = function(*args, **kwargs)
-        if function.overloadpacket.__str__() in MADE_ANEW:
+        if str(function.overloadpacket) in MADE_ANEW:
             # what it holds is nobody's business, and what was written into it since is not to be lost
             self._adopt(output)
             return output
@@ -119,7 +119,7 @@ class _Writer(TorchDispatchMode):
 
     def _keep(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
-            if _storage(tensor) not in {**self.own, **self.before}:
+            if _storage(tensor) not in self.own and _storage(tensor) not in self.before:
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self.before[_storage(tensor)] = whole, whole.clone()
 

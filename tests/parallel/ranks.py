@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # each process would import these anew, for seconds
-PRELOADED = ["torch.distributed", "asyncdiff_pl.parallel", "pytest", "numpy"]
+PRELOADED = ["torch.distributed", "asyncdiff_pl.models", "asyncdiff_pl.parallel", "pytest", "numpy"]
 PRELOADED += [f"diffusers.models.unets.{name}" for name in ("unet_motion_model", "unet_spatio_temporal_condition")]
 PRELOADED += [f"diffusers.schedulers.scheduling_{name}" for name in ("ddim", "ddpm")]
 PRELOADED += [
@@ -32,12 +32,21 @@ PRELOADED += [
 
 
 def run_ranks(world_size: int, function: Callable[..., None], *args) -> None:
-    """Calls `function(rank, *args)` on each of `world_size` processes; an error in one is raised here."""
+    """Calls `function(rank, *args)` on each of `world_size` connected processes; an error in one is raised here."""
+    start_processes(world_size, _main, world_size, free_port(), function, args)
+
+
+def start_processes(number: int, function: Callable[..., None], *args) -> None:
+    """Calls `function(rank, *args)` in some processes; an error in one is raised here."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(function, args, number, start_method="forkserver")
+
+
+def free_port() -> int:
+    """A port for the ranks to meet at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    mp.start_processes(_main, (world_size, port, function, args), world_size, start_method="forkserver")
+        return probe.getsockname()[1]
 
 
 Scenario = Callable[..., list[torch.Tensor]]

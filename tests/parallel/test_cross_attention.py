@@ -63,7 +63,7 @@ def test_keys_are_made_once_a_sample(monkeypatch, name, settings):
 
 def changing(sampler, how):
     """What is to be called before each step, to change the sample's text before its third one."""
-    own = Sampler("sdxl").kwargs["encoder_hidden_states"]
+    own = Sampler("sd21").kwargs["encoder_hidden_states"]
 
     def change(step):
         if step == 0:
@@ -81,7 +81,7 @@ def changing(sampler, how):
 
 @pytest.mark.parametrize("how", ["another tensor", "in place", "longer", "a mask"])
 def test_what_changes_is_seen(monkeypatch, how):
-    denoiser, scheduler, sampler = build("sdxl"), ddim(), Sampler("sdxl")
+    denoiser, scheduler, sampler = build("sd21"), ddim(), Sampler("sd21")
     with torch.no_grad():
         expected = sampler(denoiser, scheduler, STEPS, changing(sampler, how))
     with installed(monkeypatch, denoiser, scheduler, **CAPTURED):
@@ -90,7 +90,7 @@ def test_what_changes_is_seen(monkeypatch, how):
 
 
 def test_weights_that_change_between_samples_are_seen(monkeypatch):
-    denoiser, scheduler, sampler = build("sdxl"), ddim(), Sampler("sdxl")
+    denoiser, scheduler, sampler = build("sd21"), ddim(), Sampler("sd21")
     with installed(monkeypatch, denoiser, scheduler, **CAPTURED):
         before = sampler(denoiser, scheduler, STEPS)
         for layer in cross_attentions(denoiser):

@@ -14,16 +14,13 @@ BOUND = 1e-5
 
 # model, cut, stages, stride, warm_up, time_shift
 CASES = [
-    ("sdxl", "original", 2, 1, 1, False),
     ("sdxl", "original", 3, 1, 3, True),
     ("sdxl", "original", 4, 2, 3, False),
     ("sdxl", "found", 2, 2, 2, True),
     ("sdxl", "found", 5, 1, 1, False),
-    ("sdxl", "split", 2, 1, 1, False),
     ("sdxl", "split", 3, 1, 2, True),
     ("sdxl", "split", 3, 2, 3, False),
     ("sd15", "original", 2, 2, 2, False),
-    ("sd15", "original", 3, 1, 1, False),
     ("sd15", "original", 4, 1, 3, True),
     ("sd15", "found", 8, 1, 1, False),
     ("sd21", "original", 3, 1, 2, False),

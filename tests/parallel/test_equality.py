@@ -23,7 +23,7 @@ denoiser_of = functools.cache(build)
 
 
 @functools.cache
-def exact(name: str, steps: int = 10) -> torch.Tensor:
+def exact(name: str, steps: int = 5) -> torch.Tensor:
     return Sampler(name)(denoiser_of(name), steps=steps)
 
 
@@ -50,15 +50,16 @@ def test_one_rank_or_warm_up_alone_changes_no_bit(name, settings):
     scheduler = ddim()
     with installed(denoiser_of(name), scheduler, **settings):
         for _ in range(2):
-            assert torch.equal(Sampler(name)(denoiser_of(name), scheduler, 5), exact(name, 5))
+            assert torch.equal(Sampler(name)(denoiser_of(name), scheduler, 5), exact(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_halves_of_the_guidance_batch_give_the_whole(name):
     scheduler = ddim()
     with installed(denoiser_of(name), scheduler, cfg=2):
-        found = Sampler(name)(denoiser_of(name), scheduler)
-    assert float((found - exact(name)).norm() / exact(name).norm()) < 1e-5
+        found = Sampler(name)(denoiser_of(name), scheduler, 10)
+    # with fewer steps rounding grows
+    assert float((found - exact(name, 10)).norm() / exact(name, 10).norm()) < 1e-5
 
 
 @pytest.mark.parametrize("settings", MODES)
@@ -88,7 +89,7 @@ def test_a_sample_that_was_broken_off_leaves_no_trace(settings):
         assert torch.equal(sampler(denoiser, scheduler, 7), first)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["sd21", "sdxl", "svd", "animatediff"])
 def test_removal_gives_the_denoiser_back(name):
     denoiser, scheduler = build(name), ddim()
     attributes = {part: set(vars(module)) for part, module in denoiser.named_modules()}
@@ -98,8 +99,8 @@ def test_removal_gives_the_denoiser_back(name):
         assert set(vars(module)) == attributes[part]
         assert not any(value for key, value in vars(module).items() if key.endswith("_hooks"))
     assert "step" not in vars(scheduler)
-    assert torch.equal(Sampler(name)(denoiser, scheduler, 5), exact(name, 5))
-    assert torch.equal(Sampler(name)(copy.deepcopy(denoiser), scheduler, 5), exact(name, 5))
+    assert torch.equal(Sampler(name)(denoiser, scheduler, 5), exact(name))
+    assert torch.equal(Sampler(name)(copy.deepcopy(denoiser), scheduler, 5), exact(name))
 
 
 def test_hooks_of_others_stay():
@@ -185,9 +186,9 @@ def test_a_second_call_in_some_steps_alone_has_a_warm_up_of_its_own():
     [({"stages": 3}, 6), ({"stages": 2, "stride": 2}, 3), ({"stages": 2, "cfg": 2}, 12)],
 )
 def test_boundary_tensors_are_counted(settings, times):
-    denoiser, scheduler = denoiser_of("sdxl"), ddim()
+    denoiser, scheduler = denoiser_of("sd21"), ddim()
     with installed(denoiser, scheduler, **settings) as handle:
-        Sampler("sdxl")(denoiser, scheduler)
+        Sampler("sd21")(denoiser, scheduler)
         assert handle.sent_bytes == times * handle.bytes_per_step > 0
         assert handle.asynchronous_steps == 7
 

@@ -61,9 +61,11 @@ def defined(name: str, shares: tuple[int, ...], mode: str, portion: float = 1.0,
         definition.close()
 
 
-# model, rows of each patch, mode, portion: every mode on every kind, then more patches, uneven shares and portions
-SHARES = {"sd15": (16, 8), "sdxl": (8, 4), "svd": (8, 8), "animatediff": (8, 8)}
-CASES = [(name, shares, mode, 1.0) for name, shares in SHARES.items() for mode in STALE]
+# model, rows of each patch, mode, portion: every mode on two kinds, then more patches, uneven shares and portions
+CASES = [("sd15", (16, 8), mode, 1.0) for mode in ("corrected_async_gn", "sync_gn", "naive")]
+CASES += [("sdxl", (8, 4), mode, 1.0) for mode in ("stale_gn", "separate_gn", "no_sync")]
+CASES += [("svd", (8, 8), mode, 1.0) for mode in ("stale_gn", "separate_gn", "naive")]
+CASES += [("animatediff", (8, 8), mode, 1.0) for mode in ("corrected_async_gn", "sync_gn", "no_sync")]
 CASES += [
     ("sd21", (8, 8, 8), "corrected_async_gn", 1.0),
     ("sd21", (16, 8, 8), "stale_gn", 0.3),
@@ -81,6 +83,10 @@ CASES += [("sdxl", (12, 8), "corrected_async_gn", portion) for portion in (0, 0.
 def test_simulation_keeps_to_the_definition(name, shares, mode, portion):
     found = simulated(name, sum(shares), len(shares), mode, portion)
     assert deviation_error(found, defined(name, shares, mode, portion), exact(name, sum(shares))) < BOUND
+
+
+def test_every_mode_is_on_two_kinds():
+    assert all(len({name for name, _, own, _ in CASES if own == mode}) >= 2 for mode in STALE)
 
 
 def test_warm_up_counts_exact_steps():

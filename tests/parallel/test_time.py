@@ -1,21 +1,19 @@
-"""Parallel in time in one process that plays all ranks: what it computes, and what is refused.
+"""Parallel in time in one process that plays all ranks: what it computes.
 
-The ranks themselves: test_time_ranks.py.
+The ranks themselves: test_time_ranks.py. What is refused: test_time_refusals.py.
 """
 
 import functools
-import inspect
 
 import diffusers
 import pytest
 import torch
 from denoisers import Sampler, build, ddim
 from fake_graph import FakeRecorder, captured
+from time_samples import solved
 from tiny_pipelines import Sample
 
-from asyncdiff_pl.parallel import TimeParallel, WarmUp, parallelize
-from asyncdiff_pl.parallel.steps.place import Place
-from asyncdiff_pl.parallel.time.combination import Combination
+from asyncdiff_pl.parallel import TimeParallel, parallelize
 from asyncdiff_pl.parallel.time.evaluation import rounded_up
 from asyncdiff_pl.parallel.time.settings import share_sizes
 
@@ -34,15 +32,6 @@ def exact(name):
 
 def distance(found, expected):
     return float((found - expected).norm() / expected.norm())
-
-
-def solved(sample, capture=None, **settings):
-    """What a pipeline makes, and what is told of it."""
-    handle = parallelize(sample.pipe, time=TimeParallel(**settings), simulate=True, capture=capture)
-    try:
-        return sample(), handle.solved
-    finally:
-        handle.remove()
 
 
 # -- what is computed -------------------------------------------------------------------------------------------------
@@ -293,191 +282,3 @@ def test_what_gives_trajectories_is_asked_for_the_steps():
     asked = []
     solved(pipeline_of("sd15"), initial_trajectory=lambda steps: asked.append(steps))
     assert asked == [6]
-
-
-# -- what a pipeline does with estimates ------------------------------------------------------------------------------
-
-GIVEN = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1)
-ESTIMATE = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(1))
-FIRST, SECOND = ESTIMATE[:, :4].chunk(2)
-FRAMES = torch.tensor([1.0, 1.5, 2.0, 2.5]).view(1, 4, 1)
-
-
-@pytest.mark.parametrize(
-    ("place", "output", "repeats", "scale"),
-    [
-        (Place(2, 2), FIRST + 7.5 * (SECOND - FIRST), 1, 7.5),
-        (Place(2, 2), SECOND + 4.0 * (FIRST - SECOND), 1, -3.0),
-        (Place(2, 2), FIRST + FRAMES * (SECOND - FIRST), 1, FRAMES),
-        # both halves stepped
-        (Place(4, 1), (SECOND + 4.0 * (FIRST - SECOND)).repeat(2, 1, 1), 2, -3.0),
-        (Place(4, 1), ESTIMATE[:, :4], 1, None),
-        (Place(4, 1), ESTIMATE, 1, None),
-        # rescaled, one half alone is another's, more than two, of another shape
-        (Place(2, 2), 0.9 * (FIRST + 7.5 * (SECOND - FIRST)), 1, "refused"),
-        (Place(2, 2), FIRST.flip(0) + 7.5 * (SECOND - FIRST), 1, "refused"),
-        (Place(1, 4), FIRST[:1], 1, "refused"),
-        (Place(2, 2), FIRST[..., 0], 1, "refused"),
-        (Place(2, 2), FIRST[:1], 1, "refused"),
-    ],
-)
-def test_combinations(place, output, repeats, scale):
-    found = Combination.find(place, GIVEN, ESTIMATE, output)
-    if isinstance(scale, str):
-        assert found is None
-        return
-    assert (found.repeats, found.place.copies) == (repeats, 1 if scale is None else 2)
-    if scale is not None:
-        torch.testing.assert_close(found.scale, torch.as_tensor(scale).expand_as(found.scale))
-    halves = [*ESTIMATE.chunk(found.place.copies)]
-    torch.testing.assert_close(torch.cat([found(halves)] * repeats), output)
-    assert found.differs(ESTIMATE, output * 1.01)
-
-
-def test_equal_halves_leave_the_scale_open():
-    estimate = ESTIMATE[:2].repeat(2, 1, 1)
-    found = Combination.find(Place(2, 2), GIVEN, estimate, estimate[:2])
-    torch.testing.assert_close(found([*estimate.chunk(2)]), estimate[:2])
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"method": "newton"}, "method is newton; take triangular_anderson or picard"),
-        ({"ranks": 0}, "ranks is 0; give 1 or more"),
-        ({"window": 0}, "window is 0; give 1 or more"),
-        ({"memory": 0}, "memory is 0; give 1 or more"),
-        ({"tolerance": -1.0}, "tolerance is -1.0; give 0"),
-        ({"eta": 2.0}, "eta is 2.0; give one from 0"),
-        ({"variation_steps": 3}, "variation_steps is 3, but there is no initial_trajectory"),
-        ({"method": "picard", "order": 20}, "order is for triangular_anderson, and method is picard; leave order"),
-    ],
-)
-def test_bad_settings(settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        TimeParallel(**settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"stages": 2}, "stages is 2; set it to 1"),
-        ({"steps": 2}, "steps is 2; set it to 1"),
-        ({"cfg": 2}, "cfg is 2; set it to 1"),
-        ({"warm_up": 5}, "warm_up is 5, and steps that are solved together have none"),
-        ({"warm_up": WarmUp(until_noise=0.9)}, "solved together have none"),
-        ({"refresh_every": 4}, "refresh_every is for stages, and steps that are solved together are asked for"),
-        ({"simulate": False}, "needs 2 ranks, but no process group is initialised"),
-    ],
-)
-def test_settings_that_do_not_go_with_it(settings, sentence):
-    given = {"time": TimeParallel(ranks=2), "simulate": True, "scheduler": ddim()} | settings
-    with pytest.raises(ValueError, match=sentence):
-        parallelize(denoiser_of("sd21"), **given)
-
-
-def refused(sample, sentence, **settings):
-    with pytest.raises(ValueError, match=sentence):
-        solved(sample, **settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("sd15_pndm", "PNDMScheduler cannot be solved in parallel in time.*take ddim, ddpm or euler_discrete"),
-        ("flux", "FlowMatchEulerDiscreteScheduler cannot be solved"),
-        ("controlnet", "down_block_additional_residuals, which a ControlNet makes .* take stages or cfg"),
-        ("sd15_guidance_ends", "inputs changed at step 3 of a sample, and all its steps were solved"),
-    ],
-)
-def test_pipelines_that_are_refused(name, sentence):
-    refused(pipeline_of(name), sentence)
-
-
-def test_several_calls_a_step():
-    sample = Sample("flux_true_cfg")
-    sample.pipe.scheduler = diffusers.EulerDiscreteScheduler()
-    sample.pipe.scheduler.set_timesteps = functools.partial(set_timesteps, sample.pipe.scheduler)
-    refused(sample, "calls the denoiser more than once a step")
-
-
-def set_timesteps(scheduler, num_inference_steps=None, device=None, sigmas=None, mu=None):
-    type(scheduler).set_timesteps(scheduler, len(sigmas), device)
-
-
-def test_guidance_that_is_not_known():
-    sample = Sample("sd15")
-    sample.more = {"guidance_rescale": 0.7}
-    refused(sample, r"first step's model output is not u \+ s \(c - u\).*guidance_rescale")
-
-
-def stepwise(**changes):
-    """A callback that changes something after a step."""
-
-    def change(pipe, step, timestep, given):
-        if step == 2:
-            if "scale" in changes:
-                pipe._guidance_scale = changes["scale"]
-            return {name: value * changes.get(name, 1) for name, value in given.items()}
-        return given
-
-    return {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"scale": 5.0}, "Guidance changed in the course of a sample"),
-        ({"latents": 1.1}, "changed latents or other inputs of the denoiser in the course"),
-        ({"prompt_embeds": 1.1}, "changed latents or other inputs of the denoiser in the course"),
-    ],
-)
-def test_what_a_callback_changes(change, sentence):
-    sample = Sample("sd15")
-    sample.more = stepwise(**change)
-    refused(sample, sentence)
-    # one that changes nothing is welcome
-    sample.more = stepwise()
-    solved(sample)
-
-
-def test_pictures_that_a_pipeline_blends_in_after_each_step():
-    """Inpainting with a denoiser of 4 channels."""
-    sample = Sample("sdxl_inpaint")
-    sample.pipe.register_modules(unet=Sample("sdxl").pipe.unet)
-    refused(sample, "changed latents or other inputs")
-
-
-def test_noise_that_a_scheduler_does_not_take():
-    sample = Sample("sd15")
-    sample.pipe.scheduler = diffusers.EulerDiscreteScheduler()
-    refused(sample, "eta is 0.5, and the step of EulerDiscreteScheduler takes none", eta=0.5)
-
-
-def test_a_trajectory_that_does_not_fit():
-    trajectory = torch.zeros(1, 5, 4, 8, 8)
-    sentence = r"initial_trajectory is \(1, 5, 4, 8, 8\), but 6 steps of these latents need \(1, 7, 4, 8, 8\)"
-    refused(pipeline_of("sd15"), sentence, initial_trajectory=trajectory)
-    with pytest.raises(ValueError, match="variation_steps is 9; give one from 1 to the number of steps, 6"):
-        solved(pipeline_of("sd15"), initial_trajectory=torch.zeros(1, 7, 4, 8, 8), variation_steps=9)
-
-
-def test_arguments_of_a_step_that_are_not_known():
-    denoiser, sampler, scheduler = denoiser_of("sd21"), Sampler("sd21"), ddim()
-    handle = parallelize(denoiser, time=TimeParallel(), simulate=True, scheduler=scheduler)
-    own = scheduler.step
-    assert "use_clipped_model_output" in inspect.signature(own).parameters
-
-    class Clipping:
-        def __getattr__(self, name):
-            return getattr(scheduler, name)
-
-        def step(self, *args):
-            return own(*args, use_clipped_model_output=True)
-
-    with pytest.raises(ValueError, match="is given use_clipped_model_output, which solving steps together does not"):
-        sampler(denoiser, Clipping(), 4)
-    handle.remove()

@@ -16,6 +16,7 @@ import diffusers
 import torch
 from denoisers import GAIN, TEXT
 from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, MotionAdapter, UNet2DConditionModel
+from tiny_changes import FIRST_AND_LATE, Settings, guidance_ends, ip_adapter, ip_adapter_of_flux, lora, scheduler_of
 from torch import nn
 
 FRAMES = 2
@@ -26,13 +27,6 @@ SIZE = 8
 WIDTHS = (32, 64)
 """Channels of the levels of a UNet."""
 WORDS = 5
-
-IMAGE = 12
-"""Width of the image embeddings of IP-Adapters."""
-
-Settings = dict[str, Any]
-"""Keyword arguments of a pipeline's call."""
-
 
 Draw = Callable[..., torch.Tensor]
 """Draws normal numbers of a shape."""
@@ -354,93 +348,20 @@ KINDS: dict[str, Kind] = {
     "animatediff": Kind(_animatediff, _filmed),
 }
 
-# -- what users do to them -----------------------------------------------------------------------------------------
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(11)
-
-
-def _scheduler(kind: str, **config: Any) -> Callable[[DiffusionPipeline], Settings]:
-    def change(pipe: DiffusionPipeline) -> Settings:
-        pipe.scheduler = getattr(diffusers, kind)(beta_schedule="scaled_linear", steps_offset=1, **config)
-        return {}
-
-    return change
-
-
-def _guidance_ends(*embeds: str) -> Callable[[DiffusionPipeline], Settings]:
-    """After half of the steps, as the documentation of diffusers shows it."""
-
-    def end(pipe: DiffusionPipeline, step: int, timestep: Any, given: Settings) -> Settings:
-        if step == 2:
-            pipe._guidance_scale = 0.0
-            return {name: value.chunk(2)[-1] for name, value in given.items()}
-        return given
-
-    return lambda pipe: {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": list(embeds)}
-
-
-def _projection(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    weight = torch.randn(4 * TEXT, IMAGE, generator=generator) / IMAGE**0.5
-    norm = {"norm.weight": torch.ones(TEXT), "norm.bias": torch.zeros(TEXT)}
-    return {"proj.weight": weight, "proj.bias": torch.zeros(4 * TEXT), **norm}
-
-
-def _ip_adapter(pipe: DiffusionPipeline) -> Settings:
-    """Of a UNet: the attentions to the text get keys and values of a picture."""
-    generator, weights = _generator(), {}
-    attentions = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
-    for at, name in enumerate(attentions):
-        width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-        for part in ("k", "v"):
-            weights[f"{2 * at + 1}.to_{part}_ip.weight"] = torch.randn(width, TEXT, generator=generator) / TEXT**0.5
-    state = {"image_proj": _projection(generator), "ip_adapter": weights}
-    pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
-    pipe.set_ip_adapter_scale(0.8)
-    return {"ip_adapter_image_embeds": [torch.randn(2, 1, IMAGE, generator=generator)]}
-
-
-def _ip_adapter_of_flux(pipe: DiffusionPipeline) -> Settings:
-    """Of a transformer: it comes among the arguments of the attention layers."""
-    generator, weights = _generator(), {}
-    width = pipe.transformer.inner_dim
-    for at in range(len(pipe.transformer.transformer_blocks)):
-        for part in ("k", "v"):
-            weights[f"{at}.to_{part}_ip.weight"] = torch.randn(width, TEXT, generator=generator) / TEXT**0.5
-            weights[f"{at}.to_{part}_ip.bias"] = torch.zeros(width)
-    pipe.transformer._load_ip_adapter_weights([{"image_proj": _projection(generator), "ip_adapter": weights}])
-    embeds = [torch.randn(1, 1, IMAGE, generator=generator) for _ in range(2)]
-    return {"ip_adapter_image_embeds": embeds[:1], "negative_ip_adapter_image_embeds": embeds[1:]}
-
-
-def _lora(pipe: DiffusionPipeline) -> Settings:
-    generator, weights = _generator(), {}
-    part = "unet" if hasattr(pipe, "unet") else "transformer"
-    for name, module in getattr(pipe, part).named_modules():
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("to_q", "to_v", "proj_in"):
-            for kind, shape in (("A", (2, module.in_features)), ("B", (module.out_features, 2))):
-                weights[f"{part}.{name}.lora_{kind}.weight"] = 0.3 * torch.randn(shape, generator=generator)
-    pipe.load_lora_weights(weights)
-    return {}
-
-
-_FIRST_AND_LATE = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}
-
 CASES: dict[str, Case] = {
-    "sd15_pndm": Case("sd15", _scheduler("PNDMScheduler", skip_prk_steps=True)),
-    "sd15_heun": Case("sd15", _scheduler("HeunDiscreteScheduler")),
-    "img2img_pndm": Case("img2img", _scheduler("PNDMScheduler", skip_prk_steps=True)),
-    "img2img_heun": Case("img2img", _scheduler("HeunDiscreteScheduler")),
-    "sd15_guidance_ends": Case("sd15", _guidance_ends("prompt_embeds")),
-    "sdxl_guidance_ends": Case("sdxl", _guidance_ends("prompt_embeds", "add_text_embeds", "add_time_ids")),
-    "sd3_guidance_ends": Case("sd3", _guidance_ends("prompt_embeds", "pooled_prompt_embeds")),
-    "sd3_skips_layers": Case("sd3", lambda pipe: dict(_FIRST_AND_LATE)),
+    "sd15_pndm": Case("sd15", scheduler_of("PNDMScheduler", skip_prk_steps=True)),
+    "sd15_heun": Case("sd15", scheduler_of("HeunDiscreteScheduler")),
+    "img2img_pndm": Case("img2img", scheduler_of("PNDMScheduler", skip_prk_steps=True)),
+    "img2img_heun": Case("img2img", scheduler_of("HeunDiscreteScheduler")),
+    "sd15_guidance_ends": Case("sd15", guidance_ends("prompt_embeds")),
+    "sdxl_guidance_ends": Case("sdxl", guidance_ends("prompt_embeds", "add_text_embeds", "add_time_ids")),
+    "sd3_guidance_ends": Case("sd3", guidance_ends("prompt_embeds", "pooled_prompt_embeds")),
+    "sd3_skips_layers": Case("sd3", lambda pipe: dict(FIRST_AND_LATE)),
     "controlnet_guesses": Case("controlnet", lambda pipe: {"guess_mode": True}),
-    "sd15_ip_adapter": Case("sd15", _ip_adapter),
-    "sdxl_ip_adapter": Case("sdxl", _ip_adapter),
-    "flux_ip_adapter": Case("flux_true_cfg", _ip_adapter_of_flux),
+    "sd15_ip_adapter": Case("sd15", ip_adapter),
+    "sdxl_ip_adapter": Case("sdxl", ip_adapter),
+    "flux_ip_adapter": Case("flux_true_cfg", ip_adapter_of_flux),
 }
 CASES |= {f"{kind}_of_three": Case(kind, batch=3) for kind in ("sd15", "flux_true_cfg", "dit", "animatediff")}
 if importlib.util.find_spec("peft") is not None:
-    CASES |= {f"{kind}_lora": Case(kind, _lora) for kind in ("sd15", "flux")}
+    CASES |= {f"{kind}lora": Case(kind, lora) for kind in ("sd15", "flux")}

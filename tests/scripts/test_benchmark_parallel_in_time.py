@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,12 @@ from denoising_models import Denoising
 from denoising_ranks import World
 from denoising_report import Table, line, read_rows
 from denoising_times import Run, relative_deviation
+from fake_graph import FakeRecorder, captured
 from script_ranks import run_on_two
 
 from asyncdiff_pl.cli.overview import find_config
 from asyncdiff_pl.models.embedded import MODELS_FOLDER
 from asyncdiff_pl.parallel import Layout, parallelize
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-
-from fake_graph import FakeRecorder, captured
 
 CPU = torch.device("cpu")
 

@@ -1,17 +1,11 @@
 """Tensor parallelism of the benchmark: ranks with shares of the layers compute what one rank computes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from denoising_jobs import PLAIN, Job, parse, plan
-
-from asyncdiff_pl.parallel import Layout
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
-
 from ranks import run_ranks
 from tensor_scenarios import compute_with_shares, replay_in_halves
+
+from asyncdiff_pl.parallel import Layout
 
 
 def test_shares_compute_what_the_whole_does():

@@ -81,10 +81,10 @@ def pixels(frames):
 @pytest.mark.parametrize("scheduler", [None, "ddpm"])
 def test_without_tolerance_it_makes_the_pictures_of_one_gpu(tiny, scheduler):
     """Also with noise that each sample's generator gives in each step."""
-    plain = pixels(predict(tiny(scheduler=scheduler), "auto"))
+    plain = pixels(predict(tiny(scheduler=scheduler), "auto", images=2))
     module, strategy, told = tiny(scheduler=scheduler), TimeParallelStrategy(ranks=3, tolerance=0.0, simulate=True), []
     module.on_predict_batch_end = lambda *_: told.append((strategy.handle.solved.iterations, strategy.traffic()))
-    made = pixels(predict(module, strategy))
+    made = pixels(predict(module, strategy, images=2))
     assert np.abs(made - plain).max() <= 1
     frames, channels, size = 2, 4, 8
     # the largest shares of 4 and of 2 inputs, from three ranks to two others

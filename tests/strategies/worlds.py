@@ -29,7 +29,7 @@ def over(strategy, devices, nodes=1, rank=0):
     return strategy
 
 
-def predict(module, strategy, images=2, size=64):
+def predict(module, strategy, images=1, size=64):
     """What a module makes of the demo's pictures in this process, frame by frame."""
     trainer = Trainer(
         strategy=strategy,

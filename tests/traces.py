@@ -1,6 +1,7 @@
-"""One trace for all denoisers of a kind: it takes half a second, and most tests are about what comes after it."""
+"""One trace for all denoisers of a kind: it takes up to a second, and most tests are about what comes after it."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,20 +9,26 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from asyncdiff_pl.parallel.stages import program
 from asyncdiff_pl.parallel.stages.units import Graph, trace
+
+PLACES = ("parallel.stages.program", "report.dry_run", "strategies.layout_choice")
+"""Modules of the package that trace."""
 
 _KNOWN: dict[Any, Graph] = {}
 
 
 @contextlib.contextmanager
 def shared_traces() -> Iterator[None]:
-    """Has `parallelize` take a trace that this process made already, of the same network and shapes of inputs."""
-    program.trace = _trace_once
+    """Has the package take a trace that this process made already, of the same network and shapes of inputs."""
+    # ranks have not imported all of them, and need not
+    places = [sys.modules[name] for name in (f"asyncdiff_pl.{place}" for place in PLACES) if name in sys.modules]
+    for place in places:
+        place.trace = _trace_once
     try:
         yield
     finally:
-        program.trace = trace
+        for place in places:
+            place.trace = trace
 
 
 def known_traces() -> dict[Any, Graph]:
