@@ -1,6 +1,8 @@
 """Compares ways to choose and weigh timesteps at equal wall-clock time: distance from real pictures against minutes.
 
-    python scripts/compare_training.py measure comparison data/cifar10 --gpus 4
+    python scripts/compare_training.py measure comparison data/cifar10 --gpus 4 --keep true
+    python scripts/compare_training.py verdict comparison data/cifar10 --gpus 4
+    python scripts/compare_training.py throughput comparison data/cifar10 --batch_sizes '[128, 256, 512]'
     python scripts/compare_training.py report comparison
 
 Each run trains `asyncdiff_pl.models.training.DDPM` in a Lightning Trainer, as `fit` does. The clock runs over training
@@ -11,70 +13,33 @@ to OUTPUT/runs*.csv; a run that has all its rows is not made again. One process 
 
 from __future__ import annotations
 
-import copy
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import auto_cli
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor
-from training_report import COLUMNS, append_row, read_rows, report
+from lightning.pytorch import Callback, LightningModule, Trainer
+from shards import run_commands
+from torch.utils.flop_counter import FlopCounterMode
+from training_report import COLUMNS, THROUGHPUT_COLUMNS, append_row, read_rows, report
+from training_runs import (
+    RealDistance,
+    Training,
+    build_method,
+    draw,
+    network_folder,
+    now,
+    own_share,
+    start_processes,
+)
+from training_verdict import verdict
 
 from asyncdiff_pl.callbacks import WeightAverage
-from asyncdiff_pl.data.cifar10 import Cifar10
-from asyncdiff_pl.data.image_sets import find_source
-from asyncdiff_pl.metrics.frechet import FrechetDistance
-from asyncdiff_pl.models.features import load_features
-from asyncdiff_pl.models.training import DDPM
-from asyncdiff_pl.models.training.optimizer import Optimizer
-from asyncdiff_pl.models.unconditional_pipeline import UnconditionalPipeline
-from asyncdiff_pl.training import loss_weights, timesteps
-
-METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "uniform": ("UniformTimesteps", {}, "UniformWeight"),
-    "min-snr": ("UniformTimesteps", {}, "MinSNRWeight"),
-    "p2": ("UniformTimesteps", {}, "P2Weight"),
-    "speed": ("SpeeD", {}, "UniformWeight"),
-    "speed-sampler": ("SpeeD", {"weigh": False}, "UniformWeight"),
-    "uncertainty": ("UniformTimesteps", {}, "LearnedUncertainty"),
-    "second-moment": ("LossSecondMoment", {}, "UniformWeight"),
-    "beta-policy": ("BetaPolicy", {}, "UniformWeight"),
-    "adaptive": ("AdaptiveTimesteps", {}, "UniformWeight"),
-    "adaptive-min-snr": ("AdaptiveTimesteps", {}, "MinSNRWeight"),
-}
-"""Sampler of timesteps with its settings, and weight of losses, by the method's name."""
 
 COMPARED = ("uniform", "min-snr", "p2", "speed", "speed-sampler", "uncertainty", "beta-policy", "adaptive")
 """What is compared if nothing else is said."""
-
-TINY = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (), "dropout": 0.0}
-"""A network that a CPU trains."""
-
-FOREVER = 10**9
-"""Steps that no run reaches: the clock ends it."""
-
-
-def build_method(name: str) -> dict[str, Any]:
-    """Sampler and weight of a method, as arguments of `DDPM`.
-
-    Args:
-        name: One of `METHODS`, with other settings of its sampler after a colon: `adaptive:follow=0,even_share=0.5`.
-    """
-    base, _, settings = name.partition(":")
-    if base not in METHODS:
-        raise ValueError(f"There is no method {base}; give some of {', '.join(METHODS)}.")
-    sampler, own, weight = METHODS[base]
-    own = own | {
-        key: yaml.safe_load(value) for key, _, value in (part.partition("=") for part in settings.split(",")) if key
-    }
-    return {"timesteps": getattr(timesteps, sampler)(**own), "weight": getattr(loss_weights, weight)()}
 
 
 class Clock(Callback):
@@ -107,13 +72,6 @@ class Clock(Callback):
         trainer.should_stop = not self.minutes
 
 
-def now() -> float:
-    """Seconds, after all that the GPU has to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(
     output: Path,
     data: Path,
@@ -132,6 +90,7 @@ def measure(
     features: str = "efficientnet-lite0",
     decay: float = 0.9999,
     compile: bool = True,
+    capture: bool = False,
     tiny: bool = False,
     keep: bool = False,
     inductor_cache: Path | None = None,
@@ -156,142 +115,125 @@ def measure(
         features: Network that the distance is measured in; see `--frechet_distance.features` of `predict`.
         decay: Decay of the weights' average, at the end of its ramp.
         compile: Compile the network.
+        capture: Record the network's passes as CUDA graphs.
         tiny: Train a tiny network in place of DDPM's, to try this out.
-        keep: Export each run's network to OUTPUT/networks/METHOD-SEED, for `predict`.
+        keep: Export each run's network to OUTPUT/networks/METHOD-SEED, for `verdict` and `predict`.
         inductor_cache: Folder of compiled kernels that processes and runs share; null takes torch's own.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    if inductor_cache is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(inductor_cache.resolve())
     for name in methods:
         build_method(name)
-    own, _, count = gpus.rpartition("/")
-    if not own and int(count) > 1:
-        _start_processes(int(count))
+    if list(minutes) != sorted(minutes) or not minutes or minutes[0] <= 0:
+        raise ValueError(f"minutes is {[*minutes]}; give rising numbers above 0.")
+    output.mkdir(parents=True, exist_ok=True)
+    _share_kernels(inductor_cache)
+    if start_processes(gpus):
         report(output)
         return
-    jobs = [(name, seed) for seed in seeds for name in methods]
-    mine = jobs[int(own or 0) :: int(count)]
+    mine, ending = own_share([(name, seed) for seed in seeds for name in methods], gpus)
     done = {(row["method"], int(row["seed"]), float(row["minutes"])) for row in read_rows(output)}
     left = [job for job in mine if (*job, minutes[-1]) not in done][:runs]
-    distance = RealDistance(data, features, output)
+    distance = RealDistance(data, features, output) if left else None
+    training = Training(data, batch_size, learning_rate, warm_up, compile, capture, tiny)
 
     def train(name: str, seed: int) -> None:
-        torch._dynamo.reset()
-        method = build_method(name)
-        # after the method, which may have weights of its own: those of the network are the same for all methods
-        seed_everything(seed, verbose=False)
-        optimizer = Optimizer(learning_rate, 0.0, 0.999, warm_up, "constant")
-        settings = {"compile": compile, "channels_last": torch.cuda.is_available(), "optimizer": optimizer}
-        module = DDPM(**method, **settings, **(TINY if tiny else {}))
-        average = WeightAverage(decay)
+        module, datamodule = training.build(name, seed)
+        average, began = WeightAverage(decay), f"{time.time():.0f}"
 
         def at_mark(mark: float, seconds: float, steps: int) -> None:
+            assert distance is not None
             average.on_validation_epoch_start(trainer, module)
-            found = distance(draw(module, pictures, sample_batch, sample_steps))
+            found = distance(draw(module.network, module.scheduler, pictures, sample_batch, sample_steps))
             average.on_validation_epoch_end(trainer, module)
-            row = (name, seed, mark, f"{seconds:.2f}", steps, steps * batch_size, found, pictures, distance.name)
-            append_row(output / f"runs{own and '-' + own}.csv", dict(zip(COLUMNS, row, strict=True)))
+            row = (name, seed, mark, f"{seconds:.2f}", steps, steps * batch_size, found, pictures, distance.name, began)
+            append_row(output / f"runs{ending}.csv", COLUMNS, dict(zip(COLUMNS, row, strict=True)))
             print(f"{name}, seed {seed}: {mark:g} min, {steps} steps, {distance.name} {found:.4g}", flush=True)
 
-        trainer = Trainer(
-            accelerator="auto",
-            devices=1,
-            precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-            benchmark=True,
-            max_steps=FOREVER,
-            gradient_clip_val=1.0,
-            callbacks=[average, Clock(minutes, free_steps, at_mark)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            log_every_n_steps=FOREVER,
-        )
-        trainer.fit(module, datamodule=Cifar10(str(data), batch_size=batch_size, seed=seed))
+        trainer = training.trainer(average, Clock(minutes, free_steps, at_mark))
+        trainer.fit(module, datamodule=datamodule)
         if keep:
             # the average has become the weights at the end
-            module.export(output / "networks" / f"{name.replace(':', '-')}-{seed}")
+            module.export(network_folder(output, name, seed))
 
     for job in left:
         train(*job)
-    if not own:
+    if not ending:
         report(output)
 
 
-def _start_processes(count: int) -> None:
-    """Starts this script once for each GPU, with this command's settings, and waits for all."""
-    arguments, places = sys.argv[1:], range(count)
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, *arguments, "--gpus", f"{place}/{count}"],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(place)},
-        )
-        for place in places
-    ]
-    failed = [place for place, child in zip(places, children, strict=True) if child.wait()]
-    if failed:
-        raise RuntimeError(f"The processes of GPUs {failed} failed; their messages stand above.")
-
-
-@torch.no_grad()
-def draw(module: DDPM, number: int, batch: int, steps: int) -> Tensor:
-    """Pictures [number, 3, H, W], uint8, of seeds from 0 up, by DDIM; in bfloat16 on a GPU.
+def throughput(
+    output: Path,
+    data: Path,
+    methods: Sequence[str] = ("uniform",),
+    batch_sizes: Sequence[int] = (128,),
+    steps: int = 200,
+    free_steps: int = 20,
+    compile: bool = True,
+    capture: bool = False,
+    tiny: bool = False,
+    inductor_cache: Path | None = None,
+) -> None:
+    """Measures images a second of training, with all that a method does, at each batch size; on one GPU.
 
     Args:
-        module: Its network as it is now.
-        number: How many.
-        batch: Made at once.
-        steps: DDIM steps.
+        output: Folder of throughput.csv, which rows are added to.
+        data: See `path` of the data module `Cifar10`.
+        methods: Names, some with settings.
+        batch_sizes: Pictures of a batch.
+        steps: Steps that are timed; some methods do more in each 40th.
+        free_steps: Steps before, in which things are compiled.
+        compile: Compile the network.
+        capture: Record the network's passes as CUDA graphs.
+        tiny: Train a tiny network in place of DDPM's, to try this out.
+        inductor_cache: Folder of compiled kernels that runs share; null takes torch's own.
     """
-    network = copy.deepcopy(module.network).eval()
-    if module.device.type == "cuda":
-        network.bfloat16()
-    pipeline = UnconditionalPipeline(network, module.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    parts = []
-    for start in range(0, number, batch):
-        found = pipeline(list(range(start, min(start + batch, number))), steps, output_type="pt").images
-        parts.append((found * 255).round().byte())
-    return torch.cat(parts)
+    output.mkdir(parents=True, exist_ok=True)
+    _share_kernels(inductor_cache)
+    for batch_size in batch_sizes:
+        for name in methods:
+            module, datamodule = Training(data, batch_size, compile=compile, capture=capture, tiny=tiny).build(name, 0)
+            size = module.network.config.sample_size
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                module.network(torch.zeros(1, 3, size, size), 0)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            pace = Pace(free_steps, steps)
+            Training.trainer(WeightAverage(0.9999), pace).fit(module, datamodule=datamodule)
+            images = batch_size * steps / pace.seconds
+            memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+            # the backward pass takes twice the forward pass
+            rate = 3 * counter.get_total_flops() * images / 1e12
+            row = (name, batch_size, compile, capture, steps, f"{pace.seconds:.3f}", f"{images:.0f}", f"{rate:.1f}")
+            row = dict(zip(THROUGHPUT_COLUMNS, (*row, f"{memory:.1f}"), strict=True))
+            append_row(output / "throughput.csv", THROUGHPUT_COLUMNS, row)
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
-class RealDistance:
-    """Fréchet distances from the training pictures, whose features' sums are kept in a file.
+class Pace(Callback):
+    """Times so many steps, after some that are not timed, and ends the run.
 
     Args:
-        data: See the data module `Cifar10`.
-        features: The network's name.
-        output: Where the file goes.
+        free_steps: Steps before.
+        steps: Steps that are timed.
     """
 
-    def __init__(self, data: Path, features: str, output: Path) -> None:
-        self.name, network = load_features(features)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network = network.to(self.device)
-        self._file = output / f"real-{self.name.replace('/', '-')}.pt"
-        if not self._file.exists():
-            read = find_source(data, "train")
-            if read is None:
-                raise ValueError(f"{data} holds no pictures; give CIFAR-10's folder.")
-            metric = self._metric()
-            metric.add_bytes(read(32).images, is_real=True)
-            # of its own name: other processes write it as well
-            part = self._file.with_suffix(f".{os.getpid()}")
-            torch.save(metric.sums(), part)
-            part.replace(self._file)
+    def __init__(self, free_steps: int, steps: int) -> None:
+        self.free_steps = free_steps
+        self.steps = steps
+        self.seconds = 0.0
 
-    def _metric(self) -> FrechetDistance:
-        return FrechetDistance(self.network).to(self.device)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Looks at the clock twice."""
+        if trainer.global_step == self.free_steps:
+            self.seconds = -now()
+        elif trainer.global_step == self.free_steps + self.steps:
+            self.seconds += now()
+            trainer.should_stop = True
 
-    def __call__(self, pictures: Tensor) -> float:
-        """Distance of generated pictures [N, 3, H, W], uint8."""
-        metric = self._metric()
-        metric.merge(torch.load(self._file, weights_only=True))
-        metric.add_bytes(pictures, is_real=False)
-        return metric.compute()
+
+def _share_kernels(folder: Path | None) -> None:
+    if folder is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())
 
 
 if __name__ == "__main__":
-    auto_cli([measure, report])
+    run_commands(measure, verdict, throughput, report, description=__doc__)

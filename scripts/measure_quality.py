@@ -62,6 +62,7 @@ def measure(
     batch_size: int = 16,
     picture_batch_size: int = 64,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    only: Sequence[str] | None = None,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     seed: int = 0,
 ) -> None:
@@ -83,6 +84,7 @@ def measure(
             Batches of one size share the recordings of a setting.
         picture_batch_size: Pictures of one call.
         dtype: Number format of the pipelines; CLIP runs in float32.
+        only: Settings by their whole names, such as "4 stages, warm-up 3"; null for all.
         device: Where everything runs.
         seed: Seed of the noise, which is the same in all settings.
     """
@@ -97,7 +99,11 @@ def measure(
         for method in methods
         for kind in names
         for setting in wanted(method, svd_warm_ups if kind == "svd" else warm_ups, patch_warm_ups)
+        if only is None or str(setting) in only
     ]
+    unknown = set(only or ()) - {str(setting) for _, setting in jobs}
+    if unknown:
+        raise ValueError(f"only names {', '.join(sorted(unknown))}, which is not measured with these settings.")
     done = complete([row for part in read_rows(folder, conditions) for row in part], samples)
     # one rank stands at the beginning of each method
     todo = [job for job in list(dict.fromkeys(jobs))[index::number] if (names[job[0]], job[1]) not in done]

@@ -4,26 +4,57 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shards import whole_lines, write_table
 
-COLUMNS = ("method", "seed", "minutes", "seconds", "steps", "images", "distance", "pictures", "measure")
+COLUMNS = ("method", "seed", "minutes", "seconds", "steps", "images", "distance", "pictures", "measure", "began")
+VERDICT_COLUMNS = ("method", "seed", "minutes", "sample_steps", "pictures", "distance", "measure")
+THROUGHPUT_COLUMNS = (
+    *("method", "batch_size", "compile", "capture", "steps", "seconds", "images_per_second", "tflops", "peak_gib"),
+)
 
 
 def read_rows(output: Path) -> list[dict[str, str]]:
-    """All processes' rows; of those of one run and mark the last, since a run that was stopped begins anew."""
-    rows = {}
-    for path in sorted(output.glob("runs*.csv")):
-        found = csv.DictReader(whole_lines(path))
-        rows |= {(row["method"], row["seed"], row["minutes"]): row for row in found}
-    return list(rows.values())
+    """All processes' rows; of a method and seed those of the run that began last, for one that was stopped does so."""
+    found = _read(output, "runs*.csv")
+    latest: dict[tuple[str, str], float] = {}
+    for row in found:
+        key = row["method"], row["seed"]
+        latest[key] = max(latest.get(key, 0.0), float(row["began"]))
+    return [row for row in found if float(row["began"]) == latest[row["method"], row["seed"]]]
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
+def read_verdict(output: Path) -> list[dict[str, str]]:
+    """All processes' rows of `verdict`."""
+    return _read(output, "verdict*.csv")
+
+
+def _read(output: Path, names: str) -> list[dict[str, str]]:
+    return [row for path in sorted(output.glob(names)) for row in csv.DictReader(whole_lines(path))]
+
+
+def best_methods(rows: list[dict[str, str]], number: int, without: str) -> list[str]:
+    """The methods of the least mean distance at the last mark.
+
+    Args:
+        rows: As `read_rows` gives them.
+        number: How many.
+        without: A method that is not among them.
+    """
+    last = max((float(row["minutes"]) for row in rows), default=0.0)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if float(row["minutes"]) == last and row["method"] != without:
+            found.setdefault(row["method"], []).append(float(row["distance"]))
+    return sorted(found, key=lambda name: sum(found[name]) / len(found[name]))[:number]
+
+
+def append_row(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
     """Adds a row, and the header to a new file."""
-    write_table(path, COLUMNS, [[row[name] for name in COLUMNS]], append=True)
+    write_table(path, columns, [[row[name] for name in columns]], append=True)
 
 
 def report(output: Path) -> None:
@@ -48,12 +79,30 @@ def report(output: Path) -> None:
         verdict = against(found[name].get(marks[-1], {}), found.get("uniform", {}).get(marks[-1], {}))
         seeds = max(len(of_mark) for of_mark in found[name].values())
         lines.append(f"| {name} | {seeds} | {sum(speeds) / len(speeds):,.0f} | {' | '.join(cells)} | {verdict} |")
+    lines += _verdict_lines(read_verdict(output))
     text = "\n".join(lines)
     print(text)
     (output / "table.md").write_text(f"{text}\n", encoding="utf-8")
     # machines that train may lack it; the rows can be brought elsewhere
     if importlib.util.find_spec("matplotlib") is not None:
         _plot(found, rows[0]["measure"], output / "distance.png")
+
+
+def _verdict_lines(rows: list[dict[str, str]]) -> list[str]:
+    """A table for each number of pictures and of steps: distances compare within one alone."""
+    kinds: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        kind = kinds.setdefault((row["pictures"], row["sample_steps"], row["minutes"], row["measure"]), {})
+        kind.setdefault(row["method"], {})[row["seed"]] = float(row["distance"])
+    lines = []
+    for (pictures, steps, minutes, measure), found in sorted(kinds.items()):
+        title = f"{measure}, {pictures} pictures of ancestral sampling in {steps} steps, after {minutes} min"
+        lines += ["", f"{title}: mean (least to most)\n", "| method | seeds | distance | against uniform |"]
+        lines += ["|---|---|---|---|"]
+        for name in sorted(found, key=lambda name: _mean(found[name]) or 0.0):
+            result = against(found[name], found.get("uniform", {}))
+            lines.append(f"| {name} | {len(found[name])} | {_cell(found[name])} | {result} |")
+    return lines
 
 
 def against(own: dict[str, float], other: dict[str, float]) -> str:

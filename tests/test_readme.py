@@ -129,3 +129,32 @@ def test_imports_go_one_way(below, above):
 def test_importing_the_package_is_quick_and_offers_parallelize():
     code = "import sys, asyncdiff_pl; assert 'torch' not in sys.modules; from asyncdiff_pl import parallelize"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_example_of_a_strategy_of_ones_own(tmp_path):
+    page = (ROOT / "docs" / "adding_a_strategy.md").read_text(encoding="utf-8")
+    code = page.split("<!-- example: tests/test_readme.py runs this -->\n```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(compile(code, "adding_a_strategy.md", "exec"), names)
+    with pytest.raises(ValueError, match=r"exact is 2; give a share above 0"):
+        names["ShareExact"](exact=2)
+    strategy = names["ShareExact"](stages=2, exact=0.4)
+    assert strategy.ranks_per_group == 2
+    assert strategy.describe()["exact"] == 0.4
+
+
+def test_every_link_of_the_docs_leads_somewhere():
+    missing = []
+    for page in ROOT.glob("docs/**/*.md"):
+        links = re.findall(r"\]\(([^)\s]+?)\)", page.read_text(encoding="utf-8"))
+        for place, _, heading in (link.partition("#") for link in links if "://" not in link):
+            file = (page.parent / place) if place else page
+            if not file.exists() or (heading and heading not in _headings(file)):
+                missing.append(f"{page.relative_to(ROOT)}: {place}#{heading}")
+    assert missing == []
+
+
+def _headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -300,7 +301,7 @@ def start(kind: type[StartedCommand], arguments: list[str], **settings: Any) -> 
         The command, when it is done.
     """
     # from here the parser takes them, and Lightning for the other ranks that it starts
-    sys.argv[1:] = arguments
+    sys.argv[1:] = with_strategy_classes(arguments)
     return kind(
         LightningModule,
         LightningDataModule,
@@ -311,6 +312,24 @@ def start(kind: type[StartedCommand], arguments: list[str], **settings: Any) -> 
         auto_configure_optimizers=False,
         **{"save_config_callback": None, **settings},
     )
+
+
+def with_strategy_classes(arguments: list[str]) -> list[str]:
+    """Tells the parser that a strategy is a class, where it would take a class's name for one of Lightning's names.
+
+    Args:
+        arguments: What stands behind the program's name.
+    """
+    found = [*arguments]
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--trainer.strategy" or not (equals or at + 1 < len(arguments)):
+            continue
+        value = value if equals else arguments[at + 1]
+        if value in strategies.__all__ or re.fullmatch(r"\w+(\.\w+)+", value):
+            described = json.dumps({"class_path": value})
+            found[at : at + 2 - len(equals)] = [f"{name}={described}"] if equals else [name, described]
+    return found
 
 
 def logger_folders(config: Namespace) -> list[Namespace]:

@@ -35,10 +35,6 @@ is loaded or measured, and no GPU is needed.
 All settings of `predict` count here too: {PROGRAM} predict --help."""
 
 
-SETTING = {"AsyncDiffStrategy": "stages", "PatchStrategy": "patches", "StepParallelStrategy": "steps"}
-"""A setting of each strategy: a class's name alone is taken for a name of Lightning's."""
-
-
 class PlanCommand(Command):
     """Reads the config as `predict` does, and makes no more of it than the model, the data module and the strategy."""
 
@@ -114,8 +110,8 @@ def _strategy(given: Any) -> Any:
         return given
     if given not in StrategyRegistry:
         raise ValueError(
-            f"trainer.strategy is {given}, which is no strategy's name: give one of its settings as well "
-            f"(`--trainer.strategy.{SETTING.get(given, 'SETTING')} VALUE`), or auto."
+            f"trainer.strategy is {given}, which is no strategy's name: give AsyncDiffStrategy, PatchStrategy, "
+            "StepParallelStrategy or auto."
         )
     return StrategyRegistry.get(given)
 

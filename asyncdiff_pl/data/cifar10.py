@@ -81,7 +81,7 @@ class Cifar10(LightningDataModule):
         size: Height and width that a folder's pictures are brought to, in pixels; other sources have their own.
         flip: Whether each training picture is mirrored, left to right, half of the time.
         max_images: Train on the first so many pictures only; null for all.
-        validation_batches: Number of validation batches, shared out over the ranks; they are the first of the test set.
+        validation_images: Validate with the first so many test pictures, shared out over the ranks; null for all.
         seed: Seed of the order of the pictures.
     """
 
@@ -93,13 +93,13 @@ class Cifar10(LightningDataModule):
         size: int = 32,
         flip: bool = True,
         max_images: int | None = None,
-        validation_batches: int = 8,
+        validation_images: int | None = 1024,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        least = {"batch_size": batch_size, "size": size, "validation_batches": validation_batches}
-        for name, value in (least | {"max_images": 1 if max_images is None else max_images}).items():
-            if value < 1:
+        least = {"batch_size": batch_size, "size": size, "max_images": max_images}
+        for name, value in (least | {"validation_images": validation_images}).items():
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; give a number from 1 up.")
         self.path = Path(path).expanduser()
         self.download = download
@@ -107,7 +107,7 @@ class Cifar10(LightningDataModule):
         self.size = size
         self.flip = flip
         self.max_images = max_images
-        self.validation_batches = validation_batches
+        self.validation_images = validation_images
         self.seed = seed
         self._sets: dict[Part, ImageSet] = {}
 
@@ -180,16 +180,25 @@ class Cifar10(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         done = self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
         picked = PickedPictures(self.num_images, self.batch_size, *self._world, self.seed, self.flip, done)
-        return DataLoader(picked, batch_size=None)
+        # indices in page-locked memory: no step waits for their copy
+        return DataLoader(picked, batch_size=None, pin_memory=torch.cuda.is_available())
 
     @override
     def val_dataloader(self) -> DataLoader:
         rank, ranks = self._world
-        batches = torch.arange(len(self._sets["test"].images)).split(self.batch_size)[: self.validation_batches]
-        # every rank has as many: their collectives go in step
-        share = max(1, len(batches) // ranks)
-        chosen = [batches[(rank * share + place) % len(batches)] for place in range(share)]
-        entries = [{"number": i, "part": "test", "index": x, "flipped": x < 0} for i, x in enumerate(chosen)]
+        number = len(self._sets["test"].images[: self.validation_images])
+        # every rank has as many, for its collectives go in step: what is too much at the end is not counted
+        places = torch.arange(rank, -(-number // ranks) * ranks, ranks)
+        entries = [
+            {
+                "number": place,
+                "part": "test",
+                "index": index.clamp(max=number - 1),
+                "flipped": index < 0,
+                "counted": int((index < number).sum()),
+            }
+            for place, index in enumerate(places.split(self.batch_size))
+        ]
         return DataLoader(entries, batch_size=None)  # type: ignore[arg-type]
 
     # -- on the device ------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ class SceneClips(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         # every rank has as many: their collectives go in step
-        return self._loader("validation", first=0, number=max(1, self.validation_batches // self.trainer.world_size))
+        return self._loader("validation", first=0, number=-(-self.validation_batches // self.trainer.world_size))
 
     def _loader(self, split: Split, first: int, number: int | None) -> DataLoader:
         assert self.trainer is not None
@@ -298,7 +298,10 @@ class SceneClips(LightningDataModule):
         """Draws the clips on the device that the batch is on."""
         assert self.trainer is not None
         if not self.trainer.training:
-            return {**batch, "frames": self._draw(batch, "validation")}
+            # the last batches of some ranks are there for others', whose number does not divide by the ranks
+            place = batch["number"] * self.trainer.world_size + self.trainer.global_rank
+            counted = self.batch_size if place < self.validation_batches else 0
+            return {**batch, "frames": self._draw(batch, "validation"), "counted": counted}
         number = batch["number"]
         if self._drawn is None or self._drawn[0] != number or self._drawn[1].device != batch["fps"].device:
             # what was drawn before is let go first: a batch of clips is large

@@ -31,10 +31,16 @@ from asyncdiff_pl.models.loading import (
     read_index,
 )
 from asyncdiff_pl.models.random_weights import component_class
-from asyncdiff_pl.models.schedulers import build_scheduler, check_scheduler_config, find_scheduler
+from asyncdiff_pl.models.schedulers import (
+    build_scheduler,
+    check_learned_variance,
+    check_scheduler_config,
+    find_scheduler,
+)
 from asyncdiff_pl.parallel.api import denoiser_of
 from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.trajectory import Trajectory
+from asyncdiff_pl.sampling.respaced import RespacedScheduler
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -241,6 +247,18 @@ class DiffusionPredictor(LightningModule):
         """
         return None
 
+    @property
+    def why_unforeseen(self) -> str:
+        """What `example_call` lacks where it gives nothing, and what to do, in a sentence."""
+        if type(self).example_call is DiffusionPredictor.example_call:
+            return (
+                f"{type(self).__name__} does not say how its denoiser is called (`example_call`); runs need none of it."
+            )
+        return (
+            f"The architecture of {self.pretrained} is not known here: give a local folder with the checkpoint's JSON "
+            "files as pretrained (no weights are needed)."
+        )
+
     # -- the pipeline -------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -296,6 +314,8 @@ class DiffusionPredictor(LightningModule):
             pipeline = self.load()
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = build_scheduler(self.scheduler_name, pipeline.scheduler, self.scheduler_config)
+        if not isinstance(pipeline.scheduler, RespacedScheduler):
+            check_learned_variance(denoiser_of(pipeline), pipeline.scheduler)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part.requires_grad_(False).eval())

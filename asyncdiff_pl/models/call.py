@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Collection, Mapping, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -41,6 +43,29 @@ MANY = frozenset({"num_images_per_prompt", "num_videos_per_prompt"})
 """Arguments that would give a sample several pictures, all but one of them without noise of its own."""
 
 NAME = re.compile(r"\{(\w+)\}")
+
+
+@contextmanager
+def refusals_told(name: str, arguments: Collection[str]) -> Iterator[None]:
+    """Tells in a sentence that a pipeline of diffusers refuses what it is called with.
+
+    Args:
+        name: The pipeline.
+        arguments: Names of what it is called with.
+
+    Raises:
+        ValueError: The pipeline's own code raised one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__", "")).startswith("diffusers.pipelines."):
+            raise
+        raise ValueError(
+            f"{name} refuses its call: {str(error).rstrip('.')}. It was called with {', '.join(sorted(arguments))}; "
+            "model.call takes all of its arguments."
+        ) from error
 
 
 class CallTemplate:

@@ -17,9 +17,10 @@ from typing_extensions import override
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.adapters import IPAdapter, Lora, check_adapters, load_adapters, prepare_adapters
 from asyncdiff_pl.models.base import DiffusionPredictor
-from asyncdiff_pl.models.call import CallTemplate
+from asyncdiff_pl.models.call import CallTemplate, refusals_told
 from asyncdiff_pl.models.components import check_components, load_components, read_part_config
 from asyncdiff_pl.models.example_calls import (
+    CALLS,
     embeds_guidance,
     example_call,
     latent_size,
@@ -246,6 +247,17 @@ class PipelinePredictor(DiffusionPredictor):
             return None
         return example_call(kind, config, batch, height // scale, width // scale, self.torch_dtype)
 
+    @property
+    @override
+    def why_unforeseen(self) -> str:
+        kind = None if self._denoiser_config is None else self._denoiser_config[0]
+        if kind is None or kind in CALLS:
+            return super().why_unforeseen
+        return (
+            f"How a pipeline calls its {kind} is not known here, so that neither its time nor its layouts can be "
+            f"foreseen; they are of {', '.join(CALLS)} alone. Runs need none of that."
+        )
+
     @override
     def check(self) -> None:
         if self.components.keys() & {"unet", "transformer"}:
@@ -346,7 +358,7 @@ class PipelinePredictor(DiffusionPredictor):
             arguments["class_labels"] = [self._class_number(label) for label in arguments["class_labels"]]
         self._tell_cut_prompts(samples)
         # decoders and schedulers tell of what nobody can change
-        with quiet_libraries():
+        with quiet_libraries(), refusals_told(type(self.pipeline).__name__, arguments):
             output = self.pipeline(
                 **arguments,
                 num_inference_steps=num_inference_steps,

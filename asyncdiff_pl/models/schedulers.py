@@ -32,6 +32,30 @@ def build_scheduler(name: str | None, current: Any, changes: Mapping[str, Any] |
     return kind.from_config(current.config, **(changes or {}))
 
 
+def check_learned_variance(network: Any, scheduler: Any) -> None:
+    """Tells that an unconditional network's learned variances have nobody to take them.
+
+    Pipelines with conditions leave them out themselves.
+
+    Args:
+        network: The pipeline's denoiser.
+        scheduler: Its scheduler.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    if not isinstance(network, diffusers.UNet2DModel) or network.config.out_channels == network.config.in_channels:
+        return
+    # diffusers keeps what it does not know in a config: only those that name it take it
+    takes = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    if not takes or scheduler.config.variance_type not in ("learned", "learned_range"):
+        raise ValueError(
+            f"The network learned its steps' variances, which {type(scheduler).__name__} does not take; leave "
+            "scheduler and its variance_type as the checkpoint has them, or take UnconditionalPredictor, which makes "
+            "DDIM's steps with it as well."
+        )
+
+
 def check_scheduler_config(kind: type[Any], changes: Mapping[str, Any]) -> None:
     """Tells that a scheduler has no such entries in its config.
 

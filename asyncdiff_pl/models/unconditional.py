@@ -32,7 +32,8 @@ class UnconditionalPredictor(DiffusionPredictor):
         sampler: `ddim`, or `ddpm`, which adds noise in each step (ancestral sampling).
         eta: Noise of DDIM's steps, from 0 (none) to 1.
         skip: Which timesteps are taken: `linear` spaces them evenly, `quadratic` evenly in their square roots.
-        variance: Variance of DDPM's noise, `fixed_small` or `fixed_large`; null takes the checkpoint's.
+        variance: Variance of DDPM's noise, `fixed_small` or `fixed_large`; null takes the checkpoint's, which may be
+            learned.
         seed: Seed of the run.
         dtype: Number format of the network's weights and activations; states between steps are float32.
         weights: `pretrained` loads the checkpoint's weights; `random` builds the same network without them, for

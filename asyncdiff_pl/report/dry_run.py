@@ -23,6 +23,13 @@ from asyncdiff_pl.parallel.stages.stopwatch import denoising_rate
 from asyncdiff_pl.parallel.stages.units import trace
 from asyncdiff_pl.parallel.steps.settings import round_of
 from asyncdiff_pl.parallel.warm_up import count_exact, noise_levels, span_of
+from asyncdiff_pl.strategies import (
+    AsyncDiffStrategy,
+    GroupStrategy,
+    PatchStrategy,
+    StepParallelStrategy,
+    TimeParallelStrategy,
+)
 
 BYTES_PER_PIXEL = {"png": 1.45, "gif": 0.65, "webp": 0.2, "none": 0.0}
 """Size of written photographs, in the mean over COCO images of 1024x576 pixels."""
@@ -36,6 +43,10 @@ PLAIN = {
     "portion": 1.0,
 }
 """Settings of a strategy that go without saying."""
+
+
+FORESEEN = (AsyncDiffStrategy, PatchStrategy, StepParallelStrategy, TimeParallelStrategy)
+"""Strategies of ours; of a user's own nobody knows what its ranks compute."""
 
 
 class Cost(NamedTuple):
@@ -89,7 +100,9 @@ def describe_run(trainer: Trainer, module: LightningModule, data: LightningDataM
     if height is not None and width is not None:
         example = module.example_call(height, width)
         if example is None:
-            lines["time"] = "not known before a run: the architecture of this checkpoint is not known without it"
+            lines["time"] = f"not known before a run. {module.why_unforeseen}"
+        elif isinstance(strategy, GroupStrategy) and not isinstance(strategy, FORESEEN):
+            lines["time"] = f"not known before a run: what ranks do by {type(strategy).__name__} is not foreseen"
         elif hasattr(strategy, "max_iterations"):
             lines["time"] = "not known before a run: it is the samples that tell how many iterations they take"
         else:

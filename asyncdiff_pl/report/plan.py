@@ -70,10 +70,7 @@ class Plan:
             raise ValueError("The size of the pictures is not known: set height and width of the model or of the data.")
         example = module.example_call(height, width)
         if example is None:
-            raise ValueError(
-                f"The architecture of {module.pretrained} is not known here: give a local folder with the checkpoint's "
-                "JSON files as pretrained (no weights are needed)."
-            )
+            raise ValueError(module.why_unforeseen)
         self.module = module
         self.link = link
         self.step_ms = step_ms

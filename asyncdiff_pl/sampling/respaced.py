@@ -6,8 +6,9 @@ equation 12), with the estimate c of the clean data limited to the range of pict
     x' = √ᾱ' c + √(1 − ᾱ' − σ²) (x − √ᾱ c) / √(1 − ᾱ) + n ξ,    σ² = η² (1 − ᾱ') / (1 − ᾱ) (1 − ᾱ / ᾱ').
 
 DDIM has n = σ, and adds no noise at η = 0. DDPM has η = 1, which makes the mean that of the posterior (Ho et al.
-(2020), "Denoising Diffusion Probabilistic Models", equation 7), and n² = σ² (`fixed_small`) or n² = 1 − ᾱ / ᾱ'
-(`fixed_large`); over a subset of the timesteps this is the respacing of Nichol and Dhariwal (2021), section 4. The
+(2020), "Denoising Diffusion Probabilistic Models", equation 7), and n² = σ² (`fixed_small`), n² = 1 − ᾱ / ᾱ'
+(`fixed_large`), or between both as the network says (`learned_range`); over a subset of the timesteps this is the
+respacing of Nichol and Dhariwal (2021), section 4. The
 schedulers of diffusers step by constant strides, and so cannot take any subset: with 300 of 1000 timesteps they start
 at 897.
 """
@@ -82,7 +83,7 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: diffusers' name of the noise schedule.
         trained_betas: All β, in place of a schedule.
         prediction_type: What the network predicts: `epsilon`, `v_prediction` or `sample`.
-        variance_type: Variance of DDPM's noise, `fixed_small` or `fixed_large`; DDIM's follows from η.
+        variance_type: Variance of DDPM's noise, `fixed_small`, `fixed_large` or `learned_range`; DDIM's follows from η.
         clip_sample: Whether the estimate of the clean data is limited.
         clip_sample_range: Its greatest absolute value.
         sampler: `ddim` or `ddpm`.
@@ -110,8 +111,8 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if not 0 <= eta <= 1 or (sampler == "ddpm" and eta):
             raise ValueError(f"eta is {eta} and the sampler {sampler}; give ddim one from 0 to 1, and ddpm none.")
-        if sampler == "ddpm" and variance_type not in ("fixed_small", "fixed_large"):
-            raise ValueError(f"variance_type is {variance_type}; ddpm takes fixed_small or fixed_large.")
+        if sampler == "ddpm" and variance_type not in ("fixed_small", "fixed_large", "learned_range"):
+            raise ValueError(f"variance_type is {variance_type}; ddpm takes fixed_small, fixed_large or learned_range.")
         noise = DDPMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         self.alphas_cumprod = (1 - noise.betas.double()).cumprod(0)
         self.num_inference_steps: int | None = None
@@ -159,7 +160,10 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
         from_state = max(0.0, 1 - following - eta**2 * posterior) ** 0.5 / (1 - level) ** 0.5
         is_large = config.sampler == "ddpm" and config.variance_type == "fixed_large"
         variance = forward if is_large and following < 1 else eta**2 * posterior
-        return _Step(level, from_state, following**0.5 - from_state * level**0.5, variance**0.5)
+        is_learned = config.sampler == "ddpm" and config.variance_type == "learned_range"
+        # the deviation is this to the power of the network's share
+        ratio = (forward / posterior) ** 0.5 if is_learned and variance else None
+        return _Step(level, from_state, following**0.5 - from_state * level**0.5, variance**0.5, ratio)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The state as the network takes it: as it is."""
@@ -169,21 +173,37 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
         """Takes the next step; which one is counted from `set_timesteps` on, not looked up by the timestep.
 
         Args:
-            model_output: Output of the network, [B, ...].
+            model_output: Output of the network, [B, C, ...]; with 2 C channels the rest is a learned variance, which
+                is used by `learned_range` alone.
             timestep: What the network was told.
             sample: State before the step, of the same shape.
             noise: Standard normal noise of the same shape, for steps that add some.
+
+        Raises:
+            ValueError: The variance is the network's to say, and it says nothing.
         """
+        output, between = model_output[:, : sample.shape[1]], model_output[:, sample.shape[1] :]
         step = self._steps[self._position]
         self._position = (self._position + 1) % len(self._steps)
-        clean = self._clean(model_output, sample, step.level)
+        clean = self._clean(output, sample, step.level)
         if self.config.clip_sample:
             clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         state = step.from_clean * clean + step.from_state * sample
         if step.noise:
             assert noise is not None
-            state = state + step.noise * noise
+            state = state + self._deviation(step, between) * noise
         return RespacedOutput(prev_sample=state, pred_original_sample=clean)
+
+    @staticmethod
+    def _deviation(step: _Step, between: Tensor) -> Tensor | float:
+        if step.ratio is None:
+            return step.noise
+        if not between.shape[1]:
+            raise ValueError(
+                "variance_type is learned_range, but the network gives no variances; set it to fixed_small or "
+                "fixed_large."
+            )
+        return step.noise * step.ratio ** ((between + 1) / 2)
 
     def _clean(self, output: Tensor, sample: Tensor, level: float) -> Tensor:
         signal, spread = level**0.5, (1 - level) ** 0.5
@@ -196,9 +216,13 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
 
 @dataclass(frozen=True)
 class _Step:
-    """One step: x' = `from_clean` c + `from_state` x + `noise` ξ, from the noise level `level`."""
+    """One step: x' = `from_clean` c + `from_state` x + `noise` ξ, from the noise level `level`.
+
+    Where the network says how much noise, `noise` is the least, and `ratio` that of the most to it.
+    """
 
     level: float
     from_state: float
     from_clean: float
     noise: float
+    ratio: float | None = None

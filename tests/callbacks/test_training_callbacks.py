@@ -1,5 +1,7 @@
 """The average of the weights, and what the progress of training says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -43,6 +45,13 @@ def test_the_average_is_short_at_first():
     assert module.weight.tolist() == pytest.approx([expected] * 2, abs=1e-5)
     assert 10 < expected < 12
     assert module.count == 3
+
+
+def test_the_average_is_on_the_device_that_the_module_goes_to():
+    average, module = WeightAverage(), Line()
+    average.setup(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))), module, "fit")
+    assert average._average_model.module.weight.is_meta
+    assert module.weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(9.4, "9 s"), (123, "2 min 03 s"), (3900, "1 h 05 min")])

@@ -3,6 +3,8 @@ import re
 import pytest
 
 from asyncdiff_pl.callbacks.sample_table import write_table
+from asyncdiff_pl.parallel import Layout
+from asyncdiff_pl.strategies import GroupStrategy
 from asyncdiff_pl.strategies.launcher import GroupLauncher
 
 CUT = '[["conv_in", "down_blocks"], ["mid_block", "up_blocks", "conv_norm_out", "conv_out"]]'
@@ -50,6 +52,19 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
             ["--model.num_inference_steps", "[3,5]"],
             {"samples": "6 x 2 step counts (3, 5) = 12", "note": "With 3 denoising steps, warm_up 3 leaves none"},
         ),
+<<<<<<< HEAD
+        ([], "exact", "3 of 4 steps of a sample"),
+        ([*STEPS, NOISE], "exact", "15 of 25 steps of a sample (warm-up until noise 0.98)"),
+        ([*STEPS, DRIFT, "--trainer.strategy.refresh_every", "5"], "exact", "6 to 12 of 25 steps of a sample (warm"),
+        ([*STEPS, DRIFT], "ranks", "stride 1, warm_up until drift 0.1, at most 9, cfg 1"),
+        ([*STEPS, DRIFT], "time", " to "),
+        (["--trainer.devices", "4", "--data.max_images", "1"], "ranks", "1 of the data groups have nothing to do"),
+        (["--trainer.strategy", "StepParallelStrategy"], "ranks", "1 data group of 2 (steps, parallel_steps 2"),
+        (["--trainer.strategy", "ddp"], "ranks", "2 on cpu: 2 data groups of 1 (DDPStrategy)"),
+        (["--frame_writer.png", "false", "--frame_writer.animation", "none"], "disk", "about 0.0 MiB"),
+        (["--trainer.strategy.cut", CUT], "cut", "stages of "),
+=======
+>>>>>>> 3ae3c22ac26cc798790dad72552c1e57b6c10557
         (
             ["--model.num_inference_steps", "8", "--frame_writer.png", "false", "--frame_writer.animation", "none"],
             {"note": "With 8 denoising steps, warm_up 3 leaves at most 5 for 2 stages", "disk": "about 0.0 MiB"},
@@ -86,6 +101,26 @@ def test_what_a_setting_changes(dry_run, arguments, said):
     lines = dry_run(*arguments)
     for name, text in said.items():
         assert text in lines[name]
+
+
+class Own(GroupStrategy):
+    """A strategy that a user wrote."""
+
+    def __init__(self, stages: int = 2) -> None:
+        self.stages = stages
+        super().__init__(Layout(stages=stages), stages, 60.0)
+
+    def install(self, module):
+        raise NotImplementedError
+
+    def describe(self):
+        return {"strategy": "own", "stages": self.stages}
+
+
+def test_the_time_of_a_strategy_of_ones_own_is_not_foreseen(dry_run):
+    lines = dry_run("--trainer.strategy", f"{__name__}.Own")
+    assert "1 data group of 2 (own, stages 2)" in lines["ranks"]
+    assert lines["time"] == "not known before a run: what ranks do by Own is not foreseen"
 
 
 def test_a_cut_that_leaves_units_out(command):

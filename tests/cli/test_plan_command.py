@@ -54,7 +54,7 @@ def test_numbers_of_gpus_and_another_strategy(plan):
         (("--link", "ethernet"), "^link is ethernet; give nvlink or pcie, or a bandwidth in GB/s"),
         (("--bandwidth", "0"), "^bandwidth is 0.0 GB/s; give a number above 0"),
         (("--step_ms", "-1"), "^step_ms is -1.0; give a number of milliseconds above 0"),
-        (("--trainer.strategy", "PatchStrategy"), "no strategy's name: give one .*strategy.patches VALUE"),
+        (("--trainer.strategy", "Patches"), "^trainer.strategy is Patches, which is no strategy's name: give Async"),
         (("--data.height", "70"), "^data.height is 70 pixels; the model takes multiples of"),
         (("--trainer.strategy.stages", "9"), "stages is 9; it must be from 1 to 8"),
         (("--trainer.devices", "3", "--gpus", "3", "--trainer.num_nodes", "2"), "^3 GPUs cannot be shared out evenly"),

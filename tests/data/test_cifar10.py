@@ -171,7 +171,7 @@ def test_a_run_that_goes_on_has_the_pictures_that_come_next():
 def test_batches_are_picked_and_flipped(tmp_path):
     np.savez(tmp_path / "train.npz", images=colours(8)[0], label=np.arange(8))
     np.savez(tmp_path / "test.npz", images=colours(4)[0])
-    data = Cifar10(str(tmp_path), batch_size=8, validation_batches=3)
+    data = Cifar10(str(tmp_path), batch_size=8)
     data.setup("fit")
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     frames, index, flipped = batch["frames"], batch["index"], batch["flipped"]

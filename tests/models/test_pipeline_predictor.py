@@ -286,6 +286,12 @@ def test_the_example_call_is_the_pipelines_call(predictor, place, name):
         ("dit", Sample("a", inputs={"class_label": 1000}), "has no class 1000; give a number from 0 to 999"),
         ("sdxl", Sample("a", inputs={"stength": 0.5}), "Sample a has stength, but StableDiffusionXLPipeline takes no"),
         ("two controlnets", PICTURES[0], "Sample a has no control_image, which `call` names"),
+        # what diffusers itself finds
+        (
+            "sdxl",
+            Sample("a", inputs={"prompt": "a boat", "height": 100}),
+            "^StableDiffusionXLPipeline refuses its call: .* divisible by 8 .*with height, prompt; model.call takes",
+        ),
     ],
 )
 def test_samples_that_do_not_fit(predictor, kind, sample, message):

@@ -1,7 +1,7 @@
 import diffusers
 import pytest
 
-from asyncdiff_pl.models.schedulers import build_scheduler
+from asyncdiff_pl.models.schedulers import build_scheduler, check_learned_variance
 
 OWN = diffusers.EulerDiscreteScheduler(beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction")
 
@@ -44,3 +44,15 @@ def test_entries_of_a_schedulers_config_may_differ(name):
 def test_unknown_schedulers(name):
     with pytest.raises(ValueError, match=f"There is no scheduler {name}; take euler_discrete, ddpm"):
         build_scheduler(name, OWN)
+
+
+def test_learned_variances_that_nobody_takes():
+    settings = {"sample_size": 8, "block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+    settings |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = diffusers.UNet2DModel(out_channels=6, **settings)
+    own = diffusers.DDPMScheduler(variance_type="learned_range")
+    check_learned_variance(network, own)
+    check_learned_variance(diffusers.UNet2DModel(**settings), diffusers.DDIMScheduler())
+    for name, changes in (("ddim", None), (None, {"variance_type": "fixed_small"})):
+        with pytest.raises(ValueError, match=r"learned its steps' variances, which .* or take UnconditionalPredictor"):
+            check_learned_variance(network, build_scheduler(name, own, changes))

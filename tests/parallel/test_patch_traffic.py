@@ -5,6 +5,7 @@ import functools
 from dataclasses import dataclass
 
 import pytest
+import torch
 from denoisers import build, ddim
 from patch_scenarios import tall
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from asyncdiff_pl.parallel import Layout
 from asyncdiff_pl.parallel.patches.pipeline import PatchPipeline
 from asyncdiff_pl.parallel.patches.settings import PatchSettings
-from asyncdiff_pl.parallel.patches.traffic import LocalSwap
+from asyncdiff_pl.parallel.patches.traffic import LocalSwap, Traffic
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 FLOAT = 4
@@ -169,3 +170,17 @@ def test_who_sends_to_whom(monkeypatch, portion, furthest):
     with sampled("sdxl", (4, 4, 4, 4), "corrected_async_gn", portion, before_step):
         pass
     assert distances == {"halos": {1}, "moments": {1, 2, 3}, "tokens": set(range(1, furthest + 1))}
+
+
+def test_layers_of_one_shape_share_the_memory_of_messages_that_are_waited_for():
+    traffic, keys = Traffic(LocalSwap()), torch.zeros(2, 8, 4, 16)
+    before = traffic.held
+    one = traffic.room("keys", keys, 4)
+    # a recording that was made without it must be made anew
+    assert one.shape == (2, 4, 4, 16) and traffic.held is not before
+    before = traffic.held
+    assert traffic.room("keys", keys, 4) is one and traffic.held is before
+    others = [traffic.room("values", keys, 4), traffic.room("keys", keys, 2), traffic.room("keys", keys.half(), 4)]
+    assert len({each.data_ptr() for each in (one, *others)}) == 4
+    traffic.drop()
+    assert traffic.room("keys", keys, 4) is not one

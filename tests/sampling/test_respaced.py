@@ -79,6 +79,30 @@ def test_ddpm_over_a_part_of_the_timesteps_is_that_of_diffusers(variance, skip, 
     torch.testing.assert_close(run(ours, outputs, noises), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
+def test_a_learned_variance_over_a_part_of_the_timesteps_is_that_of_diffusers(monkeypatch):
+    theirs = DDPMScheduler(num_train_timesteps=100, variance_type="learned_range")
+    ours = RespacedScheduler.like(theirs, sampler="ddpm")
+    ours.set_timesteps(7)
+    theirs.set_timesteps(timesteps=ours.timesteps.tolist())
+    generator = torch.Generator().manual_seed(0)
+    outputs, noises = torch.randn(7, 1, 6, 2, 2, generator=generator), torch.randn(7, 1, 3, 2, 2, generator=generator)
+    left = list(noises)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: left.pop(0))
+    state, expected = torch.linspace(-2, 2, 12).view(1, 3, 2, 2), []
+    for timestep, output in zip(theirs.timesteps, outputs, strict=True):
+        # diffusers cuts its noise to the prediction's channels
+        state = theirs.step(output, timestep, state).prev_sample
+        expected.append(state)
+    torch.testing.assert_close(run(ours, outputs, noises), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    # the other samplers take the prediction alone
+    for settings in ({"sampler": "ddim"}, {"sampler": "ddpm", "variance_type": "fixed_small"}):
+        scheduler = RespacedScheduler.like(theirs, **settings)
+        scheduler.set_timesteps(7)
+        assert torch.equal(run(scheduler, outputs, noises), run(scheduler, outputs[:, :, :3], noises))
+    with pytest.raises(ValueError, match="the network gives no variances; set it to fixed_small or fixed_large"):
+        run(ours, outputs[:, :, :3], noises)
+
+
 @pytest.mark.parametrize(("number", "skip"), [(1, "linear"), (3, "quadratic"), (333, "linear"), (1000, "linear")])
 def test_ddim_with_the_true_noise_ends_at_the_data(number, skip):
     scheduler = RespacedScheduler(skip=skip)

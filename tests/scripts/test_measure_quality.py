@@ -1,5 +1,6 @@
 """What is measured in which order, and going on with it."""
 
+import pytest
 from measure_quality import measure, wanted
 from quality_rows import ONE_RANK, SVD_WARM_UPS, WARM_UPS, Conditions, read_rows
 
@@ -29,3 +30,8 @@ def test_a_shard_runs_its_settings_and_goes_on(tmp_path, capsys):
     assert path.read_text() == before
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny-sd")]
     assert [line.split(":")[0] for line in told] == ["tiny-sd, cfg 2 x 2 steps, warm-up 1"]
+
+
+def test_only_takes_settings_by_their_names(tmp_path):
+    with pytest.raises(ValueError, match="only names 2 stage, warm-up 3, which is not measured"):
+        measure(tmp_path, only=["one rank", "2 stage, warm-up 3"], device="cpu")

@@ -140,7 +140,7 @@ def fit(folder, steps, resume=None):
         **QUIET,
     )
     trainer.fit(
-        module, datamodule=Cifar10(str(folder / "set.npz"), batch_size=4, validation_batches=1), ckpt_path=resume
+        module, datamodule=Cifar10(str(folder / "set.npz"), batch_size=4, validation_images=4), ckpt_path=resume
     )
     return module
 
@@ -160,6 +160,17 @@ def test_a_stopped_run_has_the_losses_of_one_that_was_not(tmp_path):
     assert len(set(whole.seen)) == 18
     for (name, one), (_, other) in zip(whole.state_dict().items(), rest.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fused_steps_clip_gradients_in_mixed_precision_as_well():
+    module = build()
+    settings = {"precision": "bf16-mixed", "gradient_clip_val": 1e-3, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(max_steps=1, **settings, **QUIET)
+    trainer.fit(module, DataLoader([{"frames": torch.rand(4, 1, 3, 8, 8)}], batch_size=None))
+    assert all(group["fused"] for group in trainer.optimizers[0].param_groups)
+    norm = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------
@@ -210,16 +221,25 @@ def one_step(rank, ranks, folder):
             gradient_clip_val=1.0,
             **QUIET,
         )
+        # before a step, whose rounding would tell ranks apart
+        losses = [
+            trainer.validate(module, datamodule=Cifar10(str(folder / "set.npz"), batch_size=batch), verbose=False)
+            for batch in (2, 3)
+        ]
         trainer.fit(module, DataLoader([{"frames": frames.chunk(ranks)[rank]}], batch_size=None))
     finally:
         torch.randn_like = drawn
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     state = {name: module.state_dict()[f"timesteps.{name}"] for name in ("mean_loss", "moved")}
+    state["validation"] = torch.tensor([found["validation/loss"] for (found,) in losses])
     torch.save((gradients, module.state_dict(), state), folder / f"{ranks}-{rank}.pt")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_ranks_have_the_gradients_of_one(tmp_path):
+def test_two_ranks_have_the_gradients_and_the_validation_loss_of_one(tmp_path):
+    # of two ranks one has a picture less
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images)
     one_step(0, 1, tmp_path)
     run_ranks(2, one_step, 2, tmp_path)
     alone, *both = [torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
@@ -232,4 +252,5 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path):
         for name, value in state.items():
             torch.testing.assert_close(value, alone[2][name], atol=1e-6, rtol=1e-3, msg=name)
         assert alone[2]["moved"] != 0
+        assert len(set(state["validation"].round(decimals=4).tolist())) == 1  # whatever the batches are
         assert torch.equal(weights["network.conv_in.weight"], both[0][1]["network.conv_in.weight"])

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ from asyncdiff_pl.models.training.tokens import Tokenize
 
 Encoded = TypeVar("Encoded")
 Batch = dict[str, Any]
-"""`frames` [B, F, 3, H, W] from 0 to 1, `captions`, `changed_captions`, `fps` [B], `label` [B]; data/scene_clips.py."""
+"""`frames` [B, F, 3, H, W] from 0 to 1, `captions`, `changed_captions`, `fps` [B], `label` [B], and `index` [B], which
+clip of the set each is; data/scene_clips.py."""
 
 
 class NetworkTraining(LightningModule):
@@ -77,10 +80,10 @@ class NetworkTraining(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must say what its loss is.")
 
     def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        """Measures of a validation batch, logged as their means over all batches.
+        """Measures of a validation batch, logged as their means over all clips that count.
 
         Args:
-            batch: The batch.
+            batch: The batch; of a last one only the first clips may count, see `counted`.
             number: Number of the batch; the same on each call, so noise may be drawn from it.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it is validated.")
@@ -176,7 +179,8 @@ class NetworkTraining(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         with self._as_called_by_pipelines():
             found = self.validate(batch, batch_idx)
-            number = len(batch["frames"])
+            # the ranks' whole numbers are divided by their number, and rounded down if they do not divide by it
+            number = counted(batch) * self.trainer.world_size
             measures = {f"validation/{name}": value for name, value in found.items()}
             self.log_dict(measures, sync_dist=True, batch_size=number)
             if batch_idx == 0 and not self.trainer.sanity_checking and self.trainer.is_global_zero:
@@ -184,7 +188,32 @@ class NetworkTraining(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        return self.optimizer.build(self.network, self.trainer.max_steps)
+        return self.build_optimizer(self.network)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # past the mixed precision's own, which does not clip for fused optimizers: they may undo a scaling of
+        # gradients, and without float16 there is none
+        clip = Precision.clip_gradients if self._is_fused else type(self.trainer.precision_plugin).clip_gradients
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+        clip(self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
+    def build_optimizer(self, trained: nn.Module) -> dict[str, Any]:
+        """What `configure_optimizers` returns.
+
+        Args:
+            trained: Holds all parameters that are trained.
+        """
+        return self.optimizer.build(trained, self.trainer.max_steps, self._is_fused)
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.trainer.precision != "16-mixed"
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
@@ -248,6 +277,11 @@ class NetworkTraining(LightningModule):
         if pictures is not None:
             rows = [torch.cat(list(row), dim=-1) for row in pictures.float().clamp(0, 1)]
             loggers[0].experiment.add_image("validation/pictures", torch.cat(rows, dim=-2).cpu(), self.global_step)
+
+
+def counted(batch: Batch) -> int:
+    """How many of a validation batch's clips count, the first ones: others make ranks have equally many batches."""
+    return batch.get("counted", len(batch["frames"]))
 
 
 def to_pil(picture: Tensor) -> Image.Image:

@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from diffusers import DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from asyncdiff_pl.models.loading import quiet_libraries
-from asyncdiff_pl.models.training.base import Batch, NetworkTraining, drawn_from
+from asyncdiff_pl.models.training.base import Batch, NetworkTraining, counted
 from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.models.training.unconditional_unet import build_unet
 from asyncdiff_pl.models.unconditional_pipeline import UnconditionalPipeline
-from asyncdiff_pl.training.continuous_noise import spread_uniform
+from asyncdiff_pl.sampling.seeded_noise import seeded_normal
 from asyncdiff_pl.training.discrete_noise import DiscreteNoise, PredictionType
 from asyncdiff_pl.training.loss_weights import LossWeight, UniformWeight
 from asyncdiff_pl.training.noise_schedule import BetaSchedule, betas, signal_levels
 from asyncdiff_pl.training.timesteps import TimestepSampler, UniformTimesteps
+from asyncdiff_pl.training.variational_bound import TrainedVariance, VariationalBound
 
 DIFFUSERS_SCHEDULES = {"linear": "linear", "quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 """What diffusers calls the noise schedules that it knows."""
+
+GOLDEN_RATIO = (1 + 5**0.5) / 2
+"""The fractional parts of its first multiples are spread evenly over (0, 1), however many they are."""
 
 
 class DDPM(NetworkTraining):
@@ -48,7 +52,11 @@ class DDPM(NetworkTraining):
         beta_start: Variance of the first timestep's noise; the cosine schedule has its own.
         beta_end: Variance of the last timestep's noise; the cosine schedule has its own.
         num_timesteps: Number of timesteps.
-        variance: Variance of the noise that the exported pipeline adds in each step.
+        variance: Variance of the noise that the exported pipeline adds in each step: `fixed_small`, `fixed_large`, or
+            `learned_range`, for which the network has an output more for each colour.
+        loss: What becomes small: `mse`, the mean square error of the prediction; `kl`, the variational bound; or
+            `hybrid`, the error and `bound_weight` of the bound, which then trains the learned variance alone.
+        bound_weight: λ, how much the bound of all timesteps counts, in bits a dimension, in `hybrid`.
         timesteps: Which timesteps are trained, a class of `asyncdiff_pl.training.timesteps`; null draws them evenly.
         weight: How losses are weighted by timestep, a class of `asyncdiff_pl.training.loss_weights`; null leaves them
             as they are.
@@ -74,7 +82,9 @@ class DDPM(NetworkTraining):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         num_timesteps: int = 1000,
-        variance: Literal["fixed_small", "fixed_large"] = "fixed_large",
+        variance: TrainedVariance = "fixed_large",
+        loss: Literal["mse", "hybrid", "kl"] = "mse",
+        bound_weight: float = 1e-3,
         timesteps: TimestepSampler | None = None,
         weight: LossWeight | None = None,
         sample_steps: int = 50,
@@ -89,7 +99,8 @@ class DDPM(NetworkTraining):
             raise ValueError(
                 f"sample_steps is {sample_steps}, and there are {num_timesteps} timesteps; give 1 to {num_timesteps}."
             )
-        network = build_unet(size, channels, multipliers, blocks, attention, dropout)
+        _check_loss(loss, variance, weight, bound_weight)
+        network = build_unet(size, channels, multipliers, blocks, attention, dropout, variance == "learned_range")
         super().__init__(network, optimizer, compile, start_from, capture)
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -107,6 +118,9 @@ class DDPM(NetworkTraining):
         self.timesteps.build(levels, prediction_type)
         self.weight = weight or UniformWeight()
         self.weight.build(levels, prediction_type)
+        self.bound = None if loss == "mse" else VariationalBound(variances, prediction_type, variance)
+        self.loss_kind = loss
+        self.bound_weight = bound_weight
         # what a sampler learns is not the loss's gradient, and it brings the ranks' together by itself
         states = (*self.timesteps.named_parameters(), *self.timesteps.named_buffers())
         self._ddp_params_and_buffers_to_ignore = [f"timesteps.{name}" for name, _ in states]
@@ -123,8 +137,7 @@ class DDPM(NetworkTraining):
         super().on_fit_start()
         self.noise = self.noise.to(self.device)
         if self.trainer.world_size > 1:
-            self.timesteps.reduce = lambda values: self.trainer.strategy.reduce(values, reduce_op="mean")
-            self.timesteps.gather = lambda values: self.all_gather(values).flatten(0, 1)
+            self.timesteps.reduce, self.timesteps.gather = mean_of_ranks, joined_of_ranks
 
     @override
     def on_train_start(self) -> None:
@@ -142,9 +155,18 @@ class DDPM(NetworkTraining):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         self._latest = clean = self._clean(batch)
         timesteps, shares = self.timesteps.draw(clean)
-        losses = self._errors(timesteps, clean, torch.randn_like(clean))
-        self.timesteps.update(timesteps, losses.detach())
-        return {"loss": (shares * self.weight.weight(losses, timesteps)).mean(), "mse": losses.mean()}
+        errors, between = self._predict(timesteps, clean, torch.randn_like(clean))
+        squares = found = errors.square().flatten(1).mean(1)
+        losses = self.weight.weight(squares, timesteps)
+        parts = {"mse": squares.mean()}
+        if self.bound is not None:
+            is_hybrid = self.loss_kind == "hybrid"
+            bits = self.bound(clean, errors.detach() if is_hybrid else errors, timesteps, between)
+            losses = losses + self.bound_weight * len(self.noise) * bits if is_hybrid else bits
+            found = squares if is_hybrid else bits
+            parts["kl"] = bits.mean()
+        self.timesteps.update(timesteps, found.detach())
+        return {"loss": (shares * losses).mean(), **parts}
 
     def _clean(self, batch: Batch) -> Tensor:
         """Pictures [B, 3, H, W] from −1 to 1: the first frames of a batch."""
@@ -156,12 +178,13 @@ class DDPM(NetworkTraining):
             )
         return pictures * 2 - 1
 
-    def _errors(self, timesteps: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-        """The mean square error of the prediction for each picture [B], float32."""
+    def _predict(self, timesteps: Tensor, clean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction less what it should be [B, 3, H, W], float32, and where variances lie, if they are learned."""
         noisy = self.noise.add(clean, noise, timesteps)
-        output = self.call_network(sample=noisy, timestep=timesteps)
-        target = self.noise.target(clean, noise, timesteps)
-        return F.mse_loss(output.float(), target, reduction="none").flatten(1).mean(1)
+        output = self.call_network(sample=noisy, timestep=timesteps).float()
+        # what is beyond the colours is the variances'
+        prediction, between = output[:, : clean.shape[1]], output[:, clean.shape[1] :]
+        return prediction - self.noise.target(clean, noise, timesteps), between if between.shape[1] else None
 
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -187,11 +210,12 @@ class DDPM(NetworkTraining):
             stack.enter_context(self._as_called_by_pipelines())
             stack.callback(self.network.train)
             self.network.eval()
-            return self._errors(timesteps, clean, noise)
+            errors, _ = self._predict(timesteps, clean, noise)
+            return errors.square().flatten(1).mean(1)
 
     @override
     def configure_optimizers(self) -> Any:
-        return self.optimizer.build(nn.ModuleList([self.network, self.weight]), self.trainer.max_steps)
+        return self.build_optimizer(nn.ModuleList([self.network, self.weight]))
 
     # -- looking at it ------------------------------------------------------------------------------------------
 
@@ -202,12 +226,16 @@ class DDPM(NetworkTraining):
 
     @override
     def validate(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        clean = self._clean(batch)
-        with drawn_from(number, clean.device):
-            # all timesteps evenly, whatever the training's are
-            timesteps = (spread_uniform(len(clean), clean.device) * len(self.noise)).long()
-            losses = self._errors(timesteps.clamp(max=len(self.noise) - 1), clean, torch.randn_like(clean))
-        return {"loss": losses.mean()}
+        clean, index, number = self._clean(batch), batch["index"], counted(batch)
+        # each picture's own, whatever batch and rank it is in, and whatever the training's timesteps are
+        share = (index.double() * GOLDEN_RATIO) % 1
+        timesteps = (share * len(self.noise)).long().clamp(max=len(self.noise) - 1)
+        errors, between = self._predict(timesteps, clean, seeded_normal(index, 0, clean.shape[1:]))
+        found = {"loss": errors.square().flatten(1).mean(1)}
+        if self.bound is not None:
+            # of all timesteps: each picture stands for one of them
+            found["bits_per_dim"] = len(self.noise) * self.bound(clean, errors, timesteps, between)
+        return {name: losses[:number].sum() / max(1, number) for name, losses in found.items()}
 
     def pipeline(self) -> UnconditionalPipeline:
         """The pipeline of the network as it is now: DDIM's steps."""
@@ -233,3 +261,42 @@ class DDPM(NetworkTraining):
         network = copy.deepcopy(self.network).float().cpu().to(memory_format=torch.contiguous_format)
         with quiet_libraries():
             DDPMPipeline(unet=network.eval().requires_grad_(False), scheduler=self.scheduler).save_pretrained(folder)
+
+
+def mean_of_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over ranks, in its place; no rank waits for its GPU, as all do in Lightning's `reduce`."""
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())
+
+
+def joined_of_ranks(values: Tensor) -> Tensor:
+    """All ranks' tensors [N, ...], one after the other."""
+    found = values.new_empty(dist.get_world_size() * len(values), *values.shape[1:])
+    dist.all_gather_into_tensor(found, values.contiguous())
+    return found
+
+
+def _check_loss(loss: str, variance: str, weight: LossWeight | None, bound_weight: float) -> None:
+    """Tells that a loss does not go with the variance or with the weights.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    is_learned = variance == "learned_range"
+    if is_learned and loss == "mse":
+        raise ValueError(
+            "variance is learned_range and loss mse, which trains no variance; give loss hybrid or kl, or a fixed "
+            "variance."
+        )
+    if loss == "hybrid" and not is_learned:
+        raise ValueError(
+            f"loss is hybrid and variance {variance}: the bound would train nothing; give variance learned_range, or "
+            "loss mse or kl."
+        )
+    if loss == "kl" and not isinstance(weight, UniformWeight | None):
+        raise ValueError(
+            f"loss is kl, which weighs the timesteps itself, and weight {type(weight).__name__}; give loss mse or "
+            "hybrid, or no weight."
+        )
+    if bound_weight <= 0:
+        raise ValueError(f"bound_weight is {bound_weight}; give a number above 0, 0.001 say.")

@@ -37,12 +37,13 @@ class Optimizer:
                 f"learning_rate is {self.learning_rate} and warm_up {self.warm_up} steps; give above 0, and from 0."
             )
 
-    def build(self, network: nn.Module, total: int) -> dict[str, Any]:
+    def build(self, network: nn.Module, total: int, fused: bool = True) -> dict[str, Any]:
         """What Lightning's `configure_optimizers` returns, for the parameters that are trained.
 
         Args:
             network: What is trained.
             total: Number of training steps, `trainer.max_steps`.
+            fused: Take a step in a few kernels.
 
         Raises:
             ValueError: The number of steps is not known.
@@ -53,8 +54,7 @@ class Optimizer:
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        # not fused: Lightning does not clip gradients for such optimizers in mixed precision
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2))
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, self.beta2), fused=fused)
         follow = warm_up_constant if self.schedule == "constant" else partial(warm_up_cosine, total=total)
         schedule = LambdaLR(optimizer, partial(follow, warm_up=self.warm_up))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -18,6 +18,7 @@ def build_unet(
     blocks: int = 2,
     attention: Sequence[int] = (16,),
     dropout: float = 0.1,
+    learns_variance: bool = False,
 ) -> UNet2DModel:
     """Builds the U-Net of Ho et al. (2020), "Denoising Diffusion Probabilistic Models", appendix B.
 
@@ -31,6 +32,7 @@ def build_unet(
         blocks: Residual blocks of a level.
         attention: Heights of the levels that have attention, in pixels; the middle always has.
         dropout: Share of values that each residual block drops in training.
+        learns_variance: Give twice as many channels: the prediction, then the variances.
 
     Raises:
         ValueError: The size cannot be halved so often, or no level has a height that attention is asked for.
@@ -48,6 +50,7 @@ def build_unet(
     has_attention = [height in attention for height in sizes]
     network = UNet2DModel(
         sample_size=size,
+        out_channels=6 if learns_variance else 3,
         block_out_channels=tuple(channels * factor for factor in multipliers),
         layers_per_block=blocks,
         down_block_types=tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in has_attention),

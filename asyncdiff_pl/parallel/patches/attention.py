@@ -23,7 +23,7 @@ from asyncdiff_pl.parallel.patches.rows import Rows, visible_rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, cloned
+from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, Traffic, cloned
 
 SPATIAL = (Transformer2DModel, TransformerSpatioTemporalModel)
 """Transformers whose blocks attend over rows and columns."""
@@ -109,9 +109,9 @@ def _extend(
     received: list[Parcels] = [[{} for _ in each] for each in parts]
     if step.source is Source.FRESH:
         # a synchronous step sees all rows
-        received = [_receives(each, rows, sizes, 1.0) for each in parts]
-        sends = [_sends(each, rows, sizes, 1.0) for each in parts]
-        traffic.now_together(list(zip(sends, received, strict=True)), name)
+        trades = [_whole(at, each, rows, sizes, traffic) for at, each in enumerate(parts)]
+        received = [receives for _, receives in trades]
+        traffic.now_together(trades, name)
         if step.keeps_rows:
             for own_name, each in zip(names, received, strict=True):
                 traffic.keep(own_name, _seen(each, rows, sizes, step.portion))
@@ -146,27 +146,36 @@ def _(
     return found[0], found[1]
 
 
+def _whole(what: int, parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], traffic: Traffic) -> Trade:
+    """All of the own patches' rows, for all others, and room for all of theirs.
+
+    Args:
+        what: Number of the tensor that they are parts of.
+        parts: Its rows, patch by patch.
+        rows: The split of the rows.
+        sizes: Rows of each patch.
+        traffic: Where there is room.
+    """
+    sends: Parcels = []
+    receives: Parcels = []
+    for patch, part in zip(rows.own, parts, strict=True):
+        others = [other for other in range(rows.patches) if other != patch]
+        own = traffic.room((what, patch), part, sizes[patch])
+        own.copy_(part)
+        sends.append(dict.fromkeys(others, own))
+        receives.append({other: traffic.room((what, patch, other), part, sizes[other]) for other in others})
+    return sends, receives
+
+
 def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
     """What the other patches see of the own ones."""
     sends: Parcels = [{} for _ in parts]
     for at, (patch, part) in enumerate(zip(rows.own, parts, strict=True)):
-        whole = part.contiguous() if portion == 1 else part
         for other in range(rows.patches):
             seen = visible_rows(portion, other, sizes).get(patch)
             if seen is not None:
-                sends[at][other] = whole if portion == 1 else part[:, seen]
+                sends[at][other] = part if portion == 1 else part[:, seen]
     return sends
-
-
-def _receives(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
-    """Room for what the own patches see of the others."""
-    return [
-        {
-            other: part.new_empty(part.shape[0], seen.stop - seen.start, *part.shape[2:])
-            for other, seen in visible_rows(portion, patch, sizes).items()
-        }
-        for patch, part in zip(rows.own, parts, strict=True)
-    ]
 
 
 def _seen(received: Parcels, rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:

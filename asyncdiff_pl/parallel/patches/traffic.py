@@ -100,6 +100,7 @@ class Traffic:
         self._layers: dict[str, _Layer] = {}
         self._pending: dict[str, list[Pending]] = {}
         self._sent: list[Parcels] = []
+        self._rooms: dict[Hashable, torch.Tensor] = {}
         self.parity = 0
         """Which of the two buffers this step reads."""
         self.held: Hashable = object()
@@ -131,6 +132,24 @@ class Traffic:
         """
         for message in self._swap.post(parcels, what, is_waited_for=True):
             message.wait()
+
+    def room(self, key: Hashable, like: torch.Tensor, rows: int) -> torch.Tensor:
+        """Memory for what travels in one layer after the other, until `now` returns.
+
+        NCCL's process groups mark what point-to-point messages are sent from and come into, and a recording uses such
+        memory for nothing else afterwards (github.com/pytorch/pytorch/issues/132292): that of each layer would add up.
+
+        Args:
+            key: What tells parts of one message from one another.
+            like: Rows [B, rows, ...] such as are to travel.
+            rows: How many of them.
+        """
+        shape = like.shape[0], rows, *like.shape[2:]
+        key = key, shape, like.dtype, like.device
+        if key not in self._rooms:
+            self._rooms[key] = _empty(shape, like)
+            self.held = object()
+        return self._rooms[key]
 
     def keep(self, name: str, received: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
         """Keeps for the next step what came in now.
@@ -199,6 +218,7 @@ class Traffic:
         """Waits for what is under way, and gives the buffers back."""
         self.join()
         self._layers.clear()
+        self._rooms.clear()
         self.held = object()
 
     def _next(self, name: str, like: Parcels) -> Parcels:
@@ -228,9 +248,13 @@ class Traffic:
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return _empty(tensor.shape, tensor)
+
+
+def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     # inference tensors could not be written outside of inference mode
     with torch.inference_mode(False):
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def cloned(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:

@@ -70,7 +70,8 @@ class TimestepSampler(nn.Module):
 
         Args:
             timesteps: [B], as drawn.
-            losses: [B], the mean square error of each sample without any weight and without gradient, finite.
+            losses: [B], the loss of each sample without any weight and without gradient, finite: the mean square error,
+                or the term of the variational bound where that is trained.
         """
 
     def is_due(self, step: int) -> bool:
