@@ -52,19 +52,6 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
             ["--model.num_inference_steps", "[3,5]"],
             {"samples": "6 x 2 step counts (3, 5) = 12", "note": "With 3 denoising steps, warm_up 3 leaves none"},
         ),
-<<<<<<< HEAD
-        ([], "exact", "3 of 4 steps of a sample"),
-        ([*STEPS, NOISE], "exact", "15 of 25 steps of a sample (warm-up until noise 0.98)"),
-        ([*STEPS, DRIFT, "--trainer.strategy.refresh_every", "5"], "exact", "6 to 12 of 25 steps of a sample (warm"),
-        ([*STEPS, DRIFT], "ranks", "stride 1, warm_up until drift 0.1, at most 9, cfg 1"),
-        ([*STEPS, DRIFT], "time", " to "),
-        (["--trainer.devices", "4", "--data.max_images", "1"], "ranks", "1 of the data groups have nothing to do"),
-        (["--trainer.strategy", "StepParallelStrategy"], "ranks", "1 data group of 2 (steps, parallel_steps 2"),
-        (["--trainer.strategy", "ddp"], "ranks", "2 on cpu: 2 data groups of 1 (DDPStrategy)"),
-        (["--frame_writer.png", "false", "--frame_writer.animation", "none"], "disk", "about 0.0 MiB"),
-        (["--trainer.strategy.cut", CUT], "cut", "stages of "),
-=======
->>>>>>> 3ae3c22ac26cc798790dad72552c1e57b6c10557
         (
             ["--model.num_inference_steps", "8", "--frame_writer.png", "false", "--frame_writer.animation", "none"],
             {"note": "With 8 denoising steps, warm_up 3 leaves at most 5 for 2 stages", "disk": "about 0.0 MiB"},
@@ -88,6 +75,10 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
         ),
         (["--trainer.strategy", "ddp"], {"ranks": "2 on cpu: 2 data groups of 1 (DDPStrategy)"}),
         (
+            ["--trainer.strategy", "StepParallelStrategy"],
+            {"ranks": "1 data group of 2 (steps, parallel_steps 2"},
+        ),
+        (
             [*AUTO, "--trainer.devices", "2", "--trainer.strategy.balance", "measured"],
             {
                 "ranks": "1 data group of 2 (asyncdiff, stages 1, stride 1, warm_up 3, cfg 2",
@@ -95,7 +86,7 @@ def test_samples_ranks_cut_time_and_disk(dry_run, command):
             },
         ),
     ],
-    ids=["step counts", "few steps", "data groups", "noise", "drift", "ddp", "auto"],
+    ids=["step counts", "few steps", "data groups", "noise", "drift", "ddp", "steps", "auto"],
 )
 def test_what_a_setting_changes(dry_run, arguments, said):
     lines = dry_run(*arguments)

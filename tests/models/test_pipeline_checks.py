@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from asyncdiff_pl.models import IPAdapter, Lora, PipelinePredictor
+from asyncdiff_pl.models import DiffusionPredictor, IPAdapter, Lora, PipelinePredictor, example_calls
 
 CONTROLNET = "StableDiffusionControlNetPipeline"
 
@@ -127,3 +127,12 @@ def test_values_of_the_data_are_held_against_the_pipeline_early(place):
     module.check_inputs({"guidance_scale", "negative_prompt", "style"})
     with pytest.raises(ValueError, match="The data has mask_image, but StableDiffusionPipeline takes no mask_image"):
         module.check_inputs({"mask_image"})
+
+
+def test_why_a_denoiser_is_not_foreseen(place, monkeypatch):
+    monkeypatch.delitem(example_calls.CALLS, "SD3Transformer2DModel")
+    module = PipelinePredictor(place("sd3"))
+    assert module.example_call(64, 64) is None
+    assert module.why_unforeseen.startswith("How a pipeline calls its SD3Transformer2DModel is not known here")
+    assert "give a local folder" in PipelinePredictor("owner/name").why_unforeseen
+    assert DiffusionPredictor("owner/name").why_unforeseen.startswith("DiffusionPredictor does not say how its")
