@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+from types import ModuleType
 
 from asyncdiff_pl.cli.overview import overview, with_named_configs
 from asyncdiff_pl.processes import GRACE, TRAINING_GRACE, die_with_parent, heed_signals, report_and_exit
@@ -23,18 +25,24 @@ def main() -> None:
     try:
         arguments = with_named_configs(arguments)
         # seconds of imports: help and a wrong name should not wait for them
-        from asyncdiff_pl.cli.terminal import tidy
-
-        tidy()
+        command = _import(arguments[0] if arguments[0] in OTHERS else "command")
         if arguments[0] in OTHERS:
-            module = importlib.import_module(f"asyncdiff_pl.cli.{arguments[0]}")
-            getattr(module, f"run_{arguments[0]}")(arguments[1:])
-            return
-        from asyncdiff_pl.cli.command import run
-
-        run(arguments)
+            getattr(command, f"run_{arguments[0]}")(arguments[1:])
+        else:
+            command.run(arguments)
     except BaseException as error:
         report_and_exit(error)
+
+
+def _import(name: str) -> ModuleType:
+    """A module of `cli`, with what it needs; warnings and logs are set up before."""
+    # what is imported stays, and to look through it for garbage again and again is a fifth of the time
+    gc.disable()
+    importlib.import_module("asyncdiff_pl.cli.terminal").tidy()
+    module = importlib.import_module(f"asyncdiff_pl.cli.{name}")
+    gc.freeze()
+    gc.enable()
+    return module
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -6,8 +7,16 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from checkpoints import save_small_svd
-from traces import shared_traces
+
+
+def pytest_collection():
+    # tests import all there is, and it stays: to look through it for garbage, now and in each test, only takes time
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,6 +45,9 @@ def own_environment():
 
 @pytest.fixture(autouse=True)
 def one_trace():
+    # here and below: the process that hands out the tests reads this file too, and need not import torch
+    from traces import shared_traces
+
     with shared_traces():
         yield
 
@@ -43,4 +55,6 @@ def one_trace():
 @pytest.fixture(scope="session")
 def small_svd(tmp_path_factory):
     """Folder of a small Stable Video Diffusion checkpoint with random weights."""
+    from checkpoints import save_small_svd
+
     return str(save_small_svd(tmp_path_factory.mktemp("small_svd")))

@@ -30,7 +30,7 @@ def recorded_in_two(simulate):
 
 
 def recorded_changes(simulate):
-    return recorded(changes, simulate)
+    return recorded(changes, simulate, stops=(4,))
 
 
 def recorded_two_calls_a_step(simulate):

@@ -40,7 +40,7 @@ def ahead_with_an_extra_rank(simulate):
     return sample("sdxl", simulate, stages=3, stride=2, warm_up=2, time_shift=True, steps=9)
 
 
-def changes(simulate, **settings):
+def changes(simulate, stops=(1, 4), **settings):
     """Another resolution, another batch, a batch that grows in mid-sample, broken off samples, a reset."""
     settings = {"stages": 2, "warm_up": 2} | settings
     denoiser, scheduler = build("sd21"), ddim()
@@ -48,7 +48,7 @@ def changes(simulate, **settings):
     handle = parallelize(denoiser, simulate=simulate, scheduler=scheduler, **settings)
     found = [sampler(denoiser, scheduler, 5) for sampler in (one, large, two, one)]
     # in warm-up, and where messages are under way
-    for stop in (1, 4):
+    for stop in stops:
         found.append(large(denoiser, scheduler, 7, stop=stop))
         found.append(one(denoiser, scheduler, 5))
     one(denoiser, scheduler, 7, stop=4)

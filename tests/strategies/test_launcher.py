@@ -123,6 +123,6 @@ def test_the_main_process_ends_with_the_others_even_if_it_hangs():
         (["", ""], 1, 0),
     ]
     command = [sys.executable, "-c", END, json.dumps([case[:2] for case in cases])]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.stdout.splitlines() == ["the end", str([status for *_, status in cases])], process.stderr
     assert "asyncdiff_pl: error: The process of rank 2 was killed" in process.stderr
