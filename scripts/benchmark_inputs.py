@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from asyncdiff_pl.models.loading import find_pipeline, init_parameters, read_index
+from asyncdiff_pl.models.loading import find_pipeline, init_parameters
+from asyncdiff_pl.models.sources import read_index
 
 PICTURES = ("image", "mask_image", "control_image")
 """Pictures that pipelines are called with, by the columns of a prompt file; adapters are not part of a benchmark."""

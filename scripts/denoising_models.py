@@ -26,9 +26,10 @@ from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import DiffusionPredictor
 from asyncdiff_pl.models.embedded import MODELS_FOLDER
 from asyncdiff_pl.models.example_calls import TEXT_LENGTH
-from asyncdiff_pl.models.loading import ARCHITECTURES, find_folder, quiet_libraries, read_index
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.models.random_weights import build_random_model, component_class
 from asyncdiff_pl.models.schedulers import build_scheduler
+from asyncdiff_pl.models.sources import ARCHITECTURES, find_folder, read_index
 from asyncdiff_pl.parallel import Groups, Parallel, parallelize
 from asyncdiff_pl.parallel.guidance import split_batch
 

@@ -23,8 +23,8 @@ from asyncdiff_pl.metrics.psnr import psnr
 from asyncdiff_pl.metrics.ranking import choose_others, ranks_first, ranks_first_among
 from asyncdiff_pl.models.base import DTYPES
 from asyncdiff_pl.models.embedded import find_component
-from asyncdiff_pl.models.loading import has_weights
 from asyncdiff_pl.models.random_weights import build_random_model
+from asyncdiff_pl.models.sources import has_weights
 
 POOL = 500
 """Held-out scenes whose captions are each other's candidates, and whose pictures CLIP is judged on."""

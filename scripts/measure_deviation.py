@@ -30,7 +30,7 @@ from torch import Tensor
 
 from asyncdiff_pl.metrics.paired import mean_with_error, paired_difference
 from asyncdiff_pl.models.base import sample_seed
-from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.parallel import parallelize
 
 GUIDANCE = 5.0

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from asyncdiff_pl.models.embedded import MODELS_FOLDER
-from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.models.random_weights import fill_random
 
 WIDTH = 32

@@ -9,113 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from asyncdiff_pl import callbacks, data, models, strategies
+from asyncdiff_pl import callbacks, strategies
 from asyncdiff_pl.callbacks.training_state import CHECKPOINT
 from asyncdiff_pl.cli.checkpoints import find_checkpoint, read_checkpoint
-from asyncdiff_pl.cli.help import FIT, PREDICT, TEST, VALIDATE, explain, sections
+from asyncdiff_pl.cli.checks import check_data, check_devices, check_training
 from asyncdiff_pl.cli.messages import one_sentence
+from asyncdiff_pl.cli.parser import CALLBACKS, SAYS, TRAINED, TRAINING_CALLBACKS, Parser
 from asyncdiff_pl.cli.picture_test import PictureTest
-from asyncdiff_pl.data.scene_clips import SceneClips
-from asyncdiff_pl.models.training import DDPM, VideoDenoiserTraining
-from asyncdiff_pl.models.training.optimizer import check_steps
 from asyncdiff_pl.report.dry_run import describe_run
 from asyncdiff_pl.strategies.base import picture_size
-
-CALLBACKS = {
-    "clip_score": callbacks.CLIPScore,
-    "reference_metrics": callbacks.ReferenceMetrics,
-    "frechet_distance": callbacks.FrechetDistance,
-    "precision_recall": callbacks.PrecisionRecall,
-    "step_latency": callbacks.StepLatency,
-    "device_stats": callbacks.DeviceStats,
-    "traffic": callbacks.Traffic,
-    "solver": callbacks.SolverProgress,
-    "trajectories": callbacks.TrajectoryWriter,
-    "frame_writer": callbacks.FrameWriter,
-    "results": callbacks.Results,
-    "progress_bar": callbacks.DiffusionProgressBar,
-}
-"""Callbacks of every `predict` run, by the key of their settings; more stand at `trainer.callbacks`."""
-
-SETTINGS = {
-    "model": models.VideoPredictor,
-    "data": data.CocoCaptions,
-    "trainer.strategy": strategies.AsyncDiffStrategy,
-    **CALLBACKS,
-}
-"""Classes whose settings `predict --help` explains, by where they stand in a config."""
-
-OTHERS = {
-    "model": [models.PipelinePredictor, models.UnconditionalPredictor],
-    "data": [data.PromptFile, data.ClassLabels, data.Unconditional],
-    "trainer.strategy": [strategies.PatchStrategy, strategies.StepParallelStrategy, strategies.TimeParallelStrategy],
-}
-"""Classes that may stand there in their place: `predict --help` explains what settings they have beyond the first's."""
-
-TRAINING_CALLBACKS = {
-    "average": callbacks.WeightAverage,
-    "export": callbacks.ExportWeights,
-    "state": callbacks.TrainingState,
-    "progress_bar": callbacks.TrainingProgressBar,
-}
-"""Callbacks of every `fit` run; the average comes before what saves and exports it."""
-
-TRAINING_SETTINGS = {"model": VideoDenoiserTraining, "data": SceneClips, **TRAINING_CALLBACKS}
-"""Classes whose settings `fit --help` explains."""
-
-TRAINING_OTHERS = {"model": [DDPM], "data": [data.Cifar10]}
-"""Classes that may stand there in their place, likewise."""
-
-TRAINED = ("fit", "validate", "test")
-"""Subcommands that take configs of training."""
-
-SAYS = {"predict": PREDICT, "fit": FIT, "validate": VALIDATE, "test": TEST}
-"""What the help of each subcommand says of itself."""
-
-EXPLAINED = {
-    PREDICT.usage: (PREDICT, SETTINGS, OTHERS),
-    FIT.usage: (FIT, TRAINING_SETTINGS, TRAINING_OTHERS),
-    VALIDATE.usage: (VALIDATE, {"data": data.Cifar10}, {}),
-    TEST.usage: (TEST, {"pictures": PictureTest, "data": data.Cifar10}, {}),
-}
-"""What the help of each subcommand is made of, by its usage."""
-
-
-class Parser(LightningArgumentParser):
-    """Explains our classes' settings in `--help`, and ends bad arguments in one sentence."""
-
-    @override
-    def format_help(self, *args: Any) -> str:
-        if self.usage not in EXPLAINED:
-            return super().format_help(*args)
-        says, settings, others = EXPLAINED[self.usage]
-        groups = self._action_groups
-        # `fit --help` explains the callbacks of training, `test --help` what is tested
-        hidden = {"model", "pictures", *TRAINING_CALLBACKS}
-        self._action_groups = sections(self, says, {key.partition(".")[0] for key in settings} | hidden)
-        try:
-            return explain(super().format_help(*args), says, settings, others)
-        finally:
-            # classes are instantiated by the groups that they stand in
-            self._action_groups = groups
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        if not self.exit_on_error:
-            # the parser of a class within: what it says becomes a part of the whole
-            return super().error(message, ex)
-        raise ValueError(one_sentence(str(message), self._subcommand)) from ex
-
-    @property
-    def _subcommand(self) -> str:
-        return sys.argv[1] if sys.argv[1:2] and sys.argv[1] in TRAINED else "predict"
 
 
 class ConfigWriter(SaveConfigCallback):
@@ -212,9 +120,9 @@ class Command(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        _check_devices(config.trainer)
+        check_devices(config.trainer)
         if self.subcommand == "fit":
-            _check_training(config)
+            check_training(config)
         if self.subcommand == "validate":
             _prepare_validation(config)
         if config.resume is None:
@@ -239,7 +147,7 @@ class Command(LightningCLI):
             check = getattr(part, "check", None)
             if check is not None:
                 check()
-        _check_data(self.model, self.datamodule)
+        check_data(self.model, self.datamodule)
         if hasattr(self.trainer.strategy, "check_module"):
             if self.subcommand in TRAINED:
                 name = type(self.trainer.strategy).__name__
@@ -339,17 +247,6 @@ def logger_folders(config: Namespace) -> list[Namespace]:
     return [entry.init_args for entry in loggers if hasattr(entry, "init_args")]
 
 
-def _check_training(config: Namespace) -> None:
-    """Tells early that a training run has no end, or nothing to go on from."""
-    if not config.trainer.fast_dev_run:
-        check_steps(config.trainer.max_steps)
-    if config.resume is not None and not (Path(config.resume) / CHECKPOINT).is_file():
-        raise ValueError(
-            f"{config.resume} holds no {CHECKPOINT}: nothing was saved before the run ended; start it anew, without "
-            "--resume."
-        )
-
-
 def _prepare_validation(config: Namespace) -> None:
     """Finds the checkpoint, and names the log folder after what is done."""
     if config.resume is not None:
@@ -360,50 +257,3 @@ def _prepare_validation(config: Namespace) -> None:
     config.ckpt_path = str(checkpoint.resolve())
     for place in places:
         place.name = f"{place.name}_validate"
-
-
-def _check_data(model: LightningModule, datamodule: LightningDataModule) -> None:
-    """Tells before anything is loaded that a pipeline does not take pictures of the data's size, or its values."""
-    if hasattr(model, "check_inputs") and hasattr(datamodule, "input_names"):
-        model.check_inputs(datamodule.input_names)
-    check_size(model, datamodule)
-
-
-def check_size(model: LightningModule, datamodule: LightningDataModule) -> None:
-    """Tells that a pipeline does not take pictures of the data's size.
-
-    Args:
-        model: What runs, or would.
-        datamodule: Where its samples come from.
-
-    Raises:
-        ValueError: It does not.
-    """
-    multiple = getattr(model, "size_multiple", None)
-    if not multiple:
-        return
-    given = {name: getattr(datamodule, name, None) for name in ("height", "width")}
-    # a pipeline that makes its pictures from prompts alone does not see the data's
-    for (name, pixels), result in zip(given.items(), model.picture_size(*given.values()), strict=True):
-        if pixels and result == pixels and pixels % multiple:
-            raise ValueError(f"data.{name} is {pixels} pixels; the model takes multiples of {multiple}.")
-
-
-def _check_devices(trainer: Namespace) -> None:
-    """Tells early, and in plain words, that the devices asked for are not there."""
-    asked = str(trainer.devices)
-    if not re.fullmatch(r"auto|-1|[1-9]\d*|\[?\d+(, ?\d+)*,?\]?", asked):
-        raise ValueError(f"trainer.devices is {asked}; give a number from 1 up, a list of GPUs, or auto.")
-    if trainer.accelerator not in ("gpu", "cuda"):
-        return
-    present = torch.cuda.device_count()
-    if not present:
-        raise ValueError(
-            f"trainer.accelerator is {trainer.accelerator}, but torch {torch.__version__} finds no GPU on this "
-            "machine: start it where GPUs are, or give `--trainer.accelerator cpu`."
-        )
-    if asked.isdecimal() and int(asked) > present:
-        raise ValueError(
-            f"trainer.devices is {asked}, but this machine has {present} GPUs: take a layout of fewer ranks, or more "
-            "machines (`--trainer.num_nodes`)."
-        )

@@ -11,7 +11,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
-from asyncdiff_pl.cli.command import Command, check_size, start
+from asyncdiff_pl.cli.checks import check_size
+from asyncdiff_pl.cli.command import Command, start
 from asyncdiff_pl.cli.messages import one_sentence
 from asyncdiff_pl.cli.overview import PROGRAM
 from asyncdiff_pl.parallel.foreseen import LINKS, Link

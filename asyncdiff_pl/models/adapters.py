@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 
-from asyncdiff_pl.models.loading import first_reason, quiet_libraries, why_unreachable
+from asyncdiff_pl.models.quiet import quiet_libraries
+from asyncdiff_pl.models.sources import first_reason, why_unreachable
 
 
 @dataclass

@@ -28,7 +28,6 @@ from asyncdiff_pl.models.loading import (
     describe_weights,
     load_pipeline,
     prepare_download,
-    read_index,
 )
 from asyncdiff_pl.models.random_weights import component_class
 from asyncdiff_pl.models.schedulers import (
@@ -37,6 +36,7 @@ from asyncdiff_pl.models.schedulers import (
     check_scheduler_config,
     find_scheduler,
 )
+from asyncdiff_pl.models.sources import read_index
 from asyncdiff_pl.parallel.api import denoiser_of
 from asyncdiff_pl.parallel.host_side import HostSide
 from asyncdiff_pl.parallel.trajectory import Trajectory

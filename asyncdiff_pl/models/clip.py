@@ -6,15 +6,9 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 from asyncdiff_pl.models.embedded import EMBEDDED_CLIP, is_trained
-from asyncdiff_pl.models.loading import (
-    find_folder,
-    first_reason,
-    has_weights,
-    quiet_libraries,
-    read_json,
-    why_unreachable,
-)
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.models.random_weights import build_random_model
+from asyncdiff_pl.models.sources import find_folder, first_reason, has_weights, read_json, why_unreachable
 
 
 def check_clip(name: str) -> None:

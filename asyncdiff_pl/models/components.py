@@ -14,20 +14,18 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
-from asyncdiff_pl.models.loading import (
+from asyncdiff_pl.models.embedded import MODELS_FOLDER
+from asyncdiff_pl.models.loading import WeightsSource, check_not_quantised, init_parameters
+from asyncdiff_pl.models.quiet import quiet_libraries
+from asyncdiff_pl.models.random_weights import build_random_model, component_class
+from asyncdiff_pl.models.sources import (
     ARCHITECTURES,
-    MODELS_FOLDER,
-    WeightsSource,
-    check_not_quantised,
     find_folder,
     first_reason,
     has_weights,
-    init_parameters,
-    quiet_libraries,
     read_json,
     why_unreachable,
 )
-from asyncdiff_pl.models.random_weights import build_random_model, component_class
 
 Places = Mapping[str, str | Sequence[str] | None]
 """For each part where it comes from: one place, or several for parts that may be several; None leaves it out."""

@@ -28,18 +28,11 @@ from asyncdiff_pl.models.example_calls import (
     pixels_per_latent,
     size_multiple,
 )
-from asyncdiff_pl.models.loading import (
-    WeightsSource,
-    check_pretrained,
-    find_folder,
-    find_pipeline,
-    init_parameters,
-    load_pipeline,
-    quiet_libraries,
-    read_component_config,
-    read_index,
-)
+from asyncdiff_pl.models.inputs import class_number, tell_cut_prompts
+from asyncdiff_pl.models.loading import WeightsSource, check_pretrained, find_pipeline, init_parameters, load_pipeline
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.models.random_weights import component_class
+from asyncdiff_pl.models.sources import find_folder, read_component_config, read_index
 
 
 class PipelinePredictor(DiffusionPredictor):
@@ -355,8 +348,11 @@ class PipelinePredictor(DiffusionPredictor):
     ) -> list[list[Image.Image]]:
         arguments = self._loaded_template.join(samples)
         if "class_labels" in arguments:
-            arguments["class_labels"] = [self._class_number(label) for label in arguments["class_labels"]]
-        self._tell_cut_prompts(samples)
+            classes = self.denoiser.config.get("num_embeds_ada_norm")
+            of = functools.partial(class_number, self.pipeline, classes, self.pretrained)
+            arguments["class_labels"] = [of(label) for label in arguments["class_labels"]]
+        if "prompt" in self._loaded_template.defaults:
+            tell_cut_prompts(self.pipeline, samples)
         # decoders and schedulers tell of what nobody can change
         with quiet_libraries(), refusals_told(type(self.pipeline).__name__, arguments):
             output = self.pipeline(
@@ -370,30 +366,3 @@ class PipelinePredictor(DiffusionPredictor):
         if hasattr(output, "images"):
             return [[picture] for picture in output.images]
         raise ValueError(f"{type(self.pipeline).__name__} makes neither pictures nor videos; take another pipeline.")
-
-    def _tell_cut_prompts(self, samples: Sequence[Sample]) -> None:
-        """Warns of prompts of which the text encoders see only the beginning."""
-        parts = self.pipeline.components.items()
-        tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
-        if not tokenizers or "prompt" not in self._loaded_template.defaults:
-            return
-        tokenizer = max(tokenizers, key=lambda part: part.model_max_length)
-        for sample in samples:
-            length = len(tokenizer(sample.text, verbose=False).input_ids)
-            if length > tokenizer.model_max_length:
-                rank_zero_warn(
-                    f"The prompt of sample {sample.id} has {length} tokens, of which the model sees the first "
-                    f"{tokenizer.model_max_length}."
-                )
-
-    def _class_number(self, label: int | str) -> int:
-        if isinstance(label, int) or label.isdecimal():
-            number, classes = int(label), self.denoiser.config.get("num_embeds_ada_norm")
-            if classes is not None and not 0 <= number < classes:
-                raise ValueError(f"{self.pretrained} has no class {label}; give a number from 0 to {classes - 1}.")
-            return number
-        labels = getattr(self.pipeline, "labels", {})
-        if label not in labels:
-            known = f"one of its {len(labels)} names, {', '.join(list(labels)[:3])} say, or " if labels else ""
-            raise ValueError(f"{self.pretrained} knows no class {label}; give {known}a number.")
-        return labels[label]

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import DiffusionPredictor
-from asyncdiff_pl.models.loading import WeightsSource, find_folder, read_component_config, read_index, read_json
+from asyncdiff_pl.models.loading import WeightsSource
+from asyncdiff_pl.models.sources import find_folder, read_component_config, read_index, read_json
 from asyncdiff_pl.models.unconditional_pipeline import UnconditionalPipeline
 from asyncdiff_pl.sampling.respaced import RespacedScheduler, SamplerKind, Skip, Variance
 

@@ -14,7 +14,9 @@ from typing_extensions import override
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.base import DiffusionPredictor
 from asyncdiff_pl.models.decoding import to_pictures
-from asyncdiff_pl.models.loading import WeightsSource, quiet_libraries, read_component_config
+from asyncdiff_pl.models.loading import WeightsSource
+from asyncdiff_pl.models.quiet import quiet_libraries
+from asyncdiff_pl.models.sources import read_component_config
 
 
 class VideoPredictor(DiffusionPredictor):

@@ -13,8 +13,8 @@ from torch import nn
 
 from asyncdiff_pl.callbacks import FrameWriter
 from asyncdiff_pl.callbacks.sample_table import key_of, read_table
-from asyncdiff_pl.models.loading import find_folder, read_json
 from asyncdiff_pl.models.schedulers import build_scheduler, find_scheduler
+from asyncdiff_pl.models.sources import find_folder, read_json
 from asyncdiff_pl.parallel.guidance import find_latents, split_batch
 from asyncdiff_pl.parallel.patches.rows import ROWS, row_unit, shares
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step, find_boundary

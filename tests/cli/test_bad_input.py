@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from asyncdiff_pl.cli import command as command_module
+from asyncdiff_pl.cli import checks
 from asyncdiff_pl.cli.command import run
 from asyncdiff_pl.cli.overview import with_named_configs
 from asyncdiff_pl.data.coco import DEMO_FOLDER
@@ -98,7 +98,7 @@ def test_a_config_that_is_none(command, tmp_path, text, sentence):
 def test_gpus_that_are_not_there(command, monkeypatch):
     with pytest.raises(ValueError, match=r"trainer.accelerator is gpu, but torch .* finds no GPU .* give `--trainer"):
         command.here("--trainer.accelerator", "gpu")
-    monkeypatch.setattr(command_module.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(checks.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"trainer.devices is 2, but this machine has 1 GPUs: take a layout of fewer"):
         command.here("--trainer.accelerator", "gpu")
 

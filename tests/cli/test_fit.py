@@ -12,9 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from asyncdiff_pl.cli.command import TRAINING_SETTINGS, run
+from asyncdiff_pl.cli.command import run
 from asyncdiff_pl.cli.help import settings_parser
 from asyncdiff_pl.cli.overview import packaged_configs, with_named_configs
+from asyncdiff_pl.cli.parser import TRAINING_SETTINGS
 
 CONFIG = "train/image_autoencoder"
 SMALL = (

@@ -8,9 +8,10 @@ import re
 
 import pytest
 
-from asyncdiff_pl.cli.command import OTHERS, SETTINGS, run
+from asyncdiff_pl.cli.command import run
 from asyncdiff_pl.cli.help import PREDICT, settings_parser
 from asyncdiff_pl.cli.overview import is_training, overview, packaged_configs
+from asyncdiff_pl.cli.parser import OTHERS, SETTINGS
 
 SURFACE = {
     "model": {

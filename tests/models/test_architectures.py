@@ -6,8 +6,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from asyncdiff_pl.models.loading import ARCHITECTURES, MODELS_FOLDER
+from asyncdiff_pl.models.embedded import MODELS_FOLDER
 from asyncdiff_pl.models.random_weights import build_random_model, build_random_pipeline, component_class
+from asyncdiff_pl.models.sources import ARCHITECTURES
 
 PARAMETERS = {
     "sd15/unet": 859_520_964,

@@ -15,8 +15,9 @@ from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models import VideoPredictor, embedded
 from asyncdiff_pl.models.clip import is_random, load_clip
 from asyncdiff_pl.models.embedded import EMBEDDED, embedded_folder, find_component, is_trained
-from asyncdiff_pl.models.loading import check_pretrained, describe_weights, has_weights, load_pipeline
+from asyncdiff_pl.models.loading import check_pretrained, describe_weights, load_pipeline
 from asyncdiff_pl.models.random_weights import build_random_model, component_class
+from asyncdiff_pl.models.sources import has_weights
 
 ASSETS = embedded.MODELS_FOLDER
 

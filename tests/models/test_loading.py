@@ -7,16 +7,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableVideoDif
 from diffusers import UNetSpatioTemporalConditionModel as VideoUNet
 from huggingface_hub.errors import HTTPError
 
-from asyncdiff_pl.models.embedded import find_component
-from asyncdiff_pl.models.loading import (
-    ARCHITECTURES,
-    MODELS_FOLDER,
-    check_pretrained,
-    describe_weights,
-    load_pipeline,
-    prepare_download,
-    read_component_config,
-)
+from asyncdiff_pl.models.embedded import MODELS_FOLDER, find_component
+from asyncdiff_pl.models.loading import check_pretrained, describe_weights, load_pipeline, prepare_download
+from asyncdiff_pl.models.sources import ARCHITECTURES, read_component_config
 
 SVD_XT = "stabilityai/stable-video-diffusion-img2vid-xt"
 

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.parallel import Groups, Layout, parallelize
 from asyncdiff_pl.parallel.encoders import encoders_of, share_out
 from asyncdiff_pl.parallel.exchange import Exchange

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.models.training.captured_pass import CapturedPass
 from asyncdiff_pl.models.training.components import load_start
 from asyncdiff_pl.models.training.optimizer import Optimizer

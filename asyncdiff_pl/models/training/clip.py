@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from asyncdiff_pl.metrics.ranking import choose_others, ranks_first, ranks_first_among
 from asyncdiff_pl.models.embedded import find_component
-from asyncdiff_pl.models.loading import read_json
+from asyncdiff_pl.models.sources import read_json
 from asyncdiff_pl.models.training.base import Batch, NetworkTraining
 from asyncdiff_pl.models.training.components import new_network
 from asyncdiff_pl.models.training.optimizer import Optimizer

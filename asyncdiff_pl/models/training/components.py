@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from asyncdiff_pl.models.embedded import find_component
-from asyncdiff_pl.models.loading import MODELS_FOLDER, has_weights, quiet_libraries, read_json
+from asyncdiff_pl.models.embedded import MODELS_FOLDER, find_component
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.models.random_weights import build_random_model
 from asyncdiff_pl.models.schedulers import find_scheduler
+from asyncdiff_pl.models.sources import has_weights, read_json
 
 Network = TypeVar("Network", bound=nn.Module)
 

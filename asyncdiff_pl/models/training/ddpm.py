@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from asyncdiff_pl.models.loading import quiet_libraries
+from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.models.training.base import Batch, NetworkTraining, counted
 from asyncdiff_pl.models.training.optimizer import Optimizer
 from asyncdiff_pl.models.training.unconditional_unet import build_unet
