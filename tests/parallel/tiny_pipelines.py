@@ -364,4 +364,4 @@ CASES: dict[str, Case] = {
 }
 CASES |= {f"{kind}_of_three": Case(kind, batch=3) for kind in ("sd15", "flux_true_cfg", "dit", "animatediff")}
 if importlib.util.find_spec("peft") is not None:
-    CASES |= {f"{kind}lora": Case(kind, lora) for kind in ("sd15", "flux")}
+    CASES |= {f"{kind}_lora": Case(kind, lora) for kind in ("sd15", "flux")}
