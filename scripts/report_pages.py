@@ -16,6 +16,8 @@ from pathlib import Path
 
 from denoising_report import Row, header, line, newest, read_rows
 
+from asyncdiff_pl.metrics.paired import Mean
+
 MODELS = {
     "svd": ("Stable Video Diffusion XT", "25 frames of 1024×576"),
     "sdxl": ("SDXL", "1024²"),
@@ -135,9 +137,8 @@ def _report_cell(row: Mapping[str, str], name: str) -> str:
     if not row[name] or name in ("layout", "devices", "steps", "samples"):
         return row[name]
     sign = "+" if name == "score_difference" else ""
-    value = f"{float(row[name]):{sign}.4g}"
-    error = row.get(f"{name}_error")
-    return f"{value} ± {float(error):.2g}" if error else value
+    mean = Mean(float(row[name]), float(row.get(f"{name}_error") or "nan"))
+    return " ± ".join(filter(None, mean.texts(sign)))
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from asyncdiff_pl.callbacks.sample_table import (
     summarise,
     write_table,
 )
+from asyncdiff_pl.metrics.paired import Mean
 from asyncdiff_pl.models.base import Prediction
 from asyncdiff_pl.parallel.stages.cut import cut_hash
 
@@ -229,7 +230,9 @@ def report(results: Sequence[Row]) -> str:
     lines = [("steps", "samples", "score", "seconds", "ms a step", *extra.values())]
     for row in results:
         score, seconds = (
-            f"{float(row[f'avg_{name}']):.4g} ± {float(row[f'std_{name}']):.2g}" if row[f"avg_{name}"] else "-"
+            " ± ".join(filter(None, Mean(float(row[f"avg_{name}"]), float(row[f"std_{name}"])).texts()))
+            if row[f"avg_{name}"]
+            else "-"
             for name in ("score", "time")
         )
         latency = f"{float(row['avg_step_latency_ms']):.4g}" if row["avg_step_latency_ms"] else "-"

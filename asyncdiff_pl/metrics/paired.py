@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,22 @@ class Mean(NamedTuple):
         if self.standard_error == 0:
             return 0.0 if self.value == 0 else float("inf") if self.value > 0 else float("-inf")
         return self.value / self.standard_error
+
+    def texts(self, sign: str = "") -> tuple[str, str]:
+        """The mean and its standard error as texts, with as many decimals as two digits of the error have.
+
+        Args:
+            sign: `+` shows the sign of positive means too.
+
+        Returns:
+            Both; the second is empty where there is no error that is known.
+        """
+        if not math.isfinite(self.standard_error) or not math.isfinite(self.value):
+            return f"{self.value:{sign}.4g}", ""
+        if self.standard_error == 0:
+            return f"{self.value:{sign}.4g}", "0"
+        decimals = max(0, 1 - math.floor(math.log10(self.standard_error)))
+        return f"{self.value:{sign}.{decimals}f}", f"{self.standard_error:.{decimals}f}"
 
 
 def mean_with_error(values: Tensor) -> Mean:

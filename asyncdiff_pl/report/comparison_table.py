@@ -58,9 +58,7 @@ def texts_of(line: Line) -> tuple[str, ...]:
 def _text(value: Value) -> str:
     if not isinstance(value, Mean):
         return value or ""
-    if math.isnan(value.standard_error):
-        return f"{value.value:.4g}"
-    return f"{value.value:.4g} ± {value.standard_error:.2g}"
+    return " ± ".join(filter(None, value.texts()))
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

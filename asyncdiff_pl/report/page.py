@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -184,10 +183,9 @@ def _legend(entries: Sequence[Entry]) -> str:
 def _text(mean: Mean | None, sign: str = "") -> str:
     if mean is None:
         return ""
-    value = f"{mean.value:{sign}.4g}".replace("-", "−")
-    if math.isnan(mean.standard_error):
-        return value
-    return f'{value} <span class="error">± {mean.standard_error:.2g}</span>'
+    value, error = mean.texts(sign)
+    value = value.replace("-", "−")
+    return f'{value} <span class="error">± {error}</span>' if error else value
 
 
 def _times(value: float | None) -> str:

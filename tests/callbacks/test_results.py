@@ -47,7 +47,7 @@ def test_every_sample_has_a_row_and_every_step_count_one(run, tiny_predictor, ca
     assert expected.items() <= results[0].items()
     assert not list(run.folder.glob("*.part*"))
     text = capsys.readouterr().out
-    assert "1.333 ± 0.47" in text
+    assert "1.33 ± 0.47" in text
     assert f"results: {run.folder}" in text
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from asyncdiff_pl.metrics.paired import mean_with_error, paired_difference
+from asyncdiff_pl.metrics.paired import Mean, mean_with_error, paired_difference
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,20 @@ def test_numbers_that_do_not_fit():
         paired_difference(torch.zeros(3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"2 or more samples \[n\]; given is \(1,\)"):
         mean_with_error(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "texts"),
+    [
+        (-0.6718, 0.5412, ("-0.67", "0.54")),
+        (21.0, 0.577, ("21.00", "0.58")),
+        (193.2, 20.4, ("193", "20")),
+        (4.555, 0.0312, ("4.555", "0.031")),
+        (15523.0, 231.0, ("15523", "231")),
+        (1.5, 0.0, ("1.5", "0")),
+        (32.134, float("nan"), ("32.13", "")),
+        (float("inf"), float("nan"), ("inf", "")),
+    ],
+)
+def test_a_mean_has_the_decimals_of_its_error(value, error, texts):
+    assert Mean(value, error).texts() == texts

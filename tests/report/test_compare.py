@@ -80,8 +80,8 @@ def test_two_runs(runs, tmp_path):
     header, *rest = said.splitlines()
     assert header.split() == ["one", "rank", "two", "stages", "B", "-", "A,", "or", "B", "against", "A"]
     scores = next(line for line in rest if line.startswith("4 steps  CLIP score (x)"))
-    assert "21 ± 0.58" in scores
-    assert "22 ± 0.58" in scores
+    assert "21.00 ± 0.58" in scores
+    assert "22.00 ± 0.58" in scores
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "| 4 steps | stages | 1 | 2 |  |" in text
     with Image.open(tmp_path / "out" / "compare.png") as sheet:
