@@ -28,7 +28,7 @@ NODE_PATIENCE = 5.0
 GRACE = 10.0
 """Seconds that a process has for ending by itself."""
 
-FIRST_TO_FAIL = "No rank has told of an error before."
+FIRST_TO_FAIL = "This was the first rank to fail; the others were ended."
 """Note on an error that its rank need not wait with: no other rank speaks."""
 
 TRAINING_GRACE = 150.0

@@ -200,7 +200,8 @@ class Results(Callback):
                     writer.add_scalar(f"results/{name}", float(row[name]), int(row["steps"]))
             if row["timed_samples"] == "0":
                 log.warning(
-                    "steps=%s: the time cells are empty, since no sample was timed (a process's first call is not).",
+                    "steps=%s: the time cells are empty, since no sample was timed (a process's first call is not, "
+                    "nor is the first of each shape: of a prompt's length, with some pipelines).",
                     row["steps"],
                 )
         if unreadable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import yaml
@@ -148,7 +149,11 @@ def find_config(name: str) -> str:
     candidate = CONFIGS / f"{plain}.yaml"
     if candidate.is_file():
         return str(candidate)
-    raise ValueError(f"There is no config {name}; give a YAML file or one of {', '.join(packaged_configs())}.")
+    near = difflib.get_close_matches(plain, packaged_configs(), 3)
+    known = f"one of the package's ({', '.join(near)})" if near else "one of the package's"
+    raise ValueError(
+        f"There is no config {name}; give a YAML file or {known}: `python -m asyncdiff_pl --help` lists them."
+    )
 
 
 def _check_subcommand(subcommand: str, path: str) -> None:

@@ -129,7 +129,7 @@ class CallTemplate:
             ValueError: In one sentence.
         """
         for name in self.given:
-            self._check_name(name, f"call.{name} is set, but")
+            self._check_name(name, f"{name} is set, but")
 
     def check_inputs(self, names: Collection[str]) -> None:
         """Tells values of samples that would go nowhere.

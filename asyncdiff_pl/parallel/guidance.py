@@ -91,7 +91,8 @@ def split_batch(
     if batch % 2:
         raise ValueError(
             f"cfg 2 halves the guidance batch, but the denoiser was called with a batch of {batch}: "
-            "turn guidance on (a guidance scale above 1), or take cfg 1."
+            "turn guidance on (a guidance scale above 1), or, if the pipeline calls its denoiser once for each half, "
+            "take stages or steps with cfg 1."
         )
 
     def halve(tensor: torch.Tensor) -> torch.Tensor:

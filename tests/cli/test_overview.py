@@ -44,9 +44,14 @@ def test_resume_of_a_folder_that_holds_no_run(tmp_path):
         with_named_configs(["predict", "--resume", str(tmp_path)])
 
 
-def test_an_unknown_name_lists_those_that_there_are():
-    with pytest.raises(ValueError, match=r"There is no config demmo; give a YAML file or one of .*demo, .*svd_cfg2_n2"):
-        with_named_configs(["predict", "--config", "demmo"])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("configs/demo_imag.yaml", r" \(demo_image, "), ("sdxl_n22", r" \(sdxl_n2, "), ("zzz", ": .* --help` lists them")],
+)
+def test_an_unknown_name_is_told_with_those_like_it(name, near):
+    with pytest.raises(ValueError, match=rf"There is no config {name}; .* one of the package's{near}") as error:
+        with_named_configs(["predict", "--config", name])
+    assert len(str(error.value)) < 300
 
 
 def test_every_config_says_in_its_first_line_what_it_is():

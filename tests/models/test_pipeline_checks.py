@@ -59,7 +59,7 @@ def test_the_size_of_the_results_is_known_early(place, name, settings, data, exp
             r"takes no gudance_rescale \(but guidance_rescale\): it takes prompt",
         ),
         ("sd", {"strength": 0.5}, "StableDiffusionPipeline takes no strength: it takes prompt, height"),
-        ("sd", {"num_frames": 8}, "StableDiffusionPipeline takes no num_frames"),
+        ("sd", {"num_frames": 8}, "^num_frames is set, but StableDiffusionPipeline takes no num_frames"),
         ("dit", {"negative_prompt": "bad"}, "DiTPipeline takes no negative_prompt: it takes class_labels, guidance"),
         ("sd", {"call": {"generator": 1}}, "the module itself gives generator"),
         ("sd", {"call": {"num_images_per_prompt": 2}}, "leave it out and set images_per_prompt of the data"),

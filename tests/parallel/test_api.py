@@ -72,7 +72,7 @@ def test_half_of_an_odd_batch():
     denoiser, scheduler = build("sd21"), ddim()
     handle = parallelize(denoiser, cfg=2, simulate=True, scheduler=scheduler)
     scheduler.set_timesteps(2)
-    with pytest.raises(ValueError, match=r"cfg 2 halves the guidance batch, but .* a batch of 1"):
+    with pytest.raises(ValueError, match=r"cfg 2 halves .* a batch of 1: turn guidance on .* once for each half, take"):
         denoiser(torch.zeros(1, 4, 8, 8), scheduler.timesteps[0], torch.zeros(1, 5, TEXT))
     handle.remove()
 
