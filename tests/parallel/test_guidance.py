@@ -124,7 +124,7 @@ def test_the_callers_arguments_stay_whole():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"sample": rows(3, 4, 8, 8)}, "called with a batch of 3: turn guidance on .* or take cfg 1"),
+        ({"sample": rows(3, 4, 8, 8)}, "called with a batch of 3: turn guidance on .* with cfg 1"),
         ({"sample": rows(1, 4, 8, 8)}, "called with a batch of 1"),
         ({"strange": rows(2, 4)}, "does not know whether the denoiser's argument 'strange' holds the guidance batch"),
         ({"strange": [rows(2, 4)]}, "argument 'strange'"),
