@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from patch_scenarios import tall
 from torch import nn
 
 from asyncdiff_pl.parallel import Layout
+from asyncdiff_pl.parallel.patches import traffic
 from asyncdiff_pl.parallel.patches.pipeline import PatchPipeline
 from asyncdiff_pl.parallel.patches.settings import PatchSettings
 from asyncdiff_pl.parallel.patches.traffic import LocalSwap, Traffic
@@ -74,13 +77,13 @@ def expected(name: str, shares: tuple[int, ...], portion: float) -> Expected:
 
 
 @contextlib.contextmanager
-def sampled(name: str, shares: tuple[int, ...], mode: str, portion: float = 1.0, before_step=lambda step: {}):
+def sampled(name: str, shares: tuple[int, ...], mode: str, portion: float = 1.0):
     """Patches after a sample of one synchronous step and two others."""
     denoiser, scheduler = denoiser_of(name), ddim()
     trajectory = Trajectory(denoiser, lambda: scheduler)
     settings = PatchSettings(Layout(patches=len(shares)), mode, warm_up=1, portion=portion)
     pipeline = PatchPipeline(denoiser, trajectory, settings)
-    tall(name, sum(shares))(denoiser, scheduler, 3, before_step)
+    tall(name, sum(shares))(denoiser, scheduler, 3)
     try:
         yield pipeline
     finally:
@@ -154,22 +157,56 @@ def test_who_sends_to_whom(monkeypatch, portion, furthest):
     """Of four patches: halos to neighbours, moments to all, keys and values to neighbours or to all."""
     distances: dict[str, set[int]] = {"halos": set(), "moments": set(), "tokens": set()}
     norms = {path for path, module in denoiser_of("sdxl").named_modules() if isinstance(module, nn.GroupNorm)}
-    post = LocalSwap.post
+    later = Traffic.later
 
-    def watched(swap, parcels, what, is_waited_for):
-        kind = "moments" if what in norms else "tokens" if what.endswith(("to_k", "to_v")) else "halos"
-        for sends, _ in parcels:
-            distances[kind] |= {abs(patch - other) for patch, parcel in enumerate(sends) for other in parcel}
-        return post(swap, parcels, what, is_waited_for)
+    def watched(traffic, name, sends, *args, **kwargs):
+        kind = "moments" if name in norms else "tokens" if name.endswith(("to_k", "to_v")) else "halos"
+        distances[kind] |= {abs(patch - other) for patch, parcel in enumerate(sends) for other in parcel}
+        later(traffic, name, sends, *args, **kwargs)
 
-    def before_step(step):
-        if step == 1:
-            monkeypatch.setattr(LocalSwap, "post", watched)
-        return {}
-
-    with sampled("sdxl", (4, 4, 4, 4), "corrected_async_gn", portion, before_step):
+    monkeypatch.setattr(Traffic, "later", watched)
+    with sampled("sdxl", (4, 4, 4, 4), "corrected_async_gn", portion):
         pass
     assert distances == {"halos": {1}, "moments": {1, 2, 3}, "tokens": set(range(1, furthest + 1))}
+
+
+def test_what_nobody_waits_for_travels_together(monkeypatch):
+    posted, post = [], LocalSwap.post
+
+    def watched(swap, parcels, what, is_waited_for):
+        posted.append(is_waited_for)
+        return post(swap, parcels, what, is_waited_for)
+
+    monkeypatch.setattr(LocalSwap, "post", watched)
+    with sampled("sdxl", (8, 8), "corrected_async_gn"):
+        # tiny tensors: all of a step in one; after the last step nobody reads anything
+        assert posted.count(False) == 1
+    posted.clear()
+    monkeypatch.setattr(traffic, "BATCH_BYTES", 50_000)
+    with sampled("sdxl", (8, 8), "corrected_async_gn") as pipeline:
+        assert posted.count(False) == pytest.approx(pipeline.bytes_per_step / 50_000, rel=0.3)
+
+
+def test_what_was_sent_is_given_back():
+    """Messages that take their time: all that is held of them after many steps is what the last two sent."""
+
+    class Slow:
+        sent_bytes = 0
+
+        def post(self, parcels, what, is_waited_for):
+            return [] if is_waited_for else [SimpleNamespace(wait=lambda: None)]
+
+    held, alive, steps = Traffic(Slow()), [], 6
+    held.keep("layer", [{1: torch.zeros(4)}])
+    held.turn_over()
+    for _ in range(steps):
+        held.before("layer")
+        sent = torch.ones(4)
+        alive.append(weakref.ref(sent))
+        held.later("layer", [{1: sent}])
+        del sent
+        held.turn_over()
+    assert [reference() is not None for reference in alive] == [False] * (steps - 1) + [True]
 
 
 def test_layers_of_one_shape_share_the_memory_of_messages_that_are_waited_for():

@@ -107,7 +107,8 @@ def test_warm_up_to_the_end_is_full_sync(mode):
         with installed(denoiser, scheduler, patches=2, **settings) as handle:
             found.append(sampler(denoiser, scheduler, 3))
             assert (handle.exact_steps, handle.asynchronous_steps) == (3, 0)
-    assert torch.equal(*found)
+    # full_sync sends rows from before a norm, not from after it
+    assert distance(*found) < 1e-5
 
 
 # -- any mode ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from asyncdiff_pl.parallel.patches.rows import Rows, visible_rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, Traffic, cloned
+from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade
 
 SPATIAL = (Transformer2DModel, TransformerSpatioTemporalModel)
 """Transformers whose blocks attend over rows and columns."""
@@ -99,9 +99,18 @@ def seen_rows(height: int, step: PatchStep) -> tuple[int, ...]:
 
 
 def _extend(
-    keys: torch.Tensor, values: torch.Tensor, columns: int, name: str, step: PatchStep
+    keys: torch.Tensor, values: torch.Tensor, columns: int, name: str, step: PatchStep, stays: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values that the own patches see, one patch after the other, [B, tokens, C]."""
+    """Keys and values that the own patches see, one patch after the other, [B, tokens, C].
+
+    Args:
+        keys: Those of the own patches' rows, [B, tokens, C].
+        values: The same.
+        columns: Tokens in a row.
+        name: Name of the attention.
+        step: The step in work.
+        stays: Whether keys and values stay as they are after this, and may be read in place until the next attention.
+    """
     rows, traffic = step.rows, step.traffic
     names = f"{name}.to_k", f"{name}.to_v"
     grids = [each.unflatten(1, (-1, columns)) for each in (keys, values)]
@@ -109,17 +118,23 @@ def _extend(
     received: list[Parcels] = [[{} for _ in each] for each in parts]
     if step.source is Source.FRESH:
         # a synchronous step sees all rows
-        trades = [_whole(at, each, rows, sizes, traffic) for at, each in enumerate(parts)]
-        received = [receives for _, receives in trades]
+        wholes = [
+            [traffic.room((at, patch), part, sum(sizes)) for patch, part in zip(rows.own, each, strict=True)]
+            for at, each in enumerate(parts)
+        ]
+        trades = [_trade(each, own, rows, sizes) for each, own in zip(wholes, parts, strict=True)]
         traffic.now_together(trades, name)
+        received = [receives for _, receives in trades]
         if step.keeps_rows:
             for own_name, each in zip(names, received, strict=True):
                 traffic.keep(own_name, _seen(each, rows, sizes, step.portion))
+        if stays and len(rows.own) == len(keys) == 1:
+            return wholes[0][0].flatten(1, 2), wholes[1][0].flatten(1, 2)
     elif step.source is not Source.NONE:
         received = [traffic.before(own_name) for own_name in names]
         if step.sends:
             for own_name, each in zip(names, parts, strict=True):
-                traffic.later(own_name, cloned(_sends(each, rows, sizes, step.portion)))
+                traffic.later(own_name, _sends(each, rows, sizes, step.portion), stays=stays)
     found = []
     for own, of_others in zip(parts, received, strict=True):
         seen = []
@@ -135,7 +150,7 @@ def _extend_operation(
     keys: torch.Tensor, values: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     it = site_of(site)
-    return _extend(keys, values, columns, it.name, it.step)
+    return _extend(keys, values, columns, it.name, it.step, stays=False)
 
 
 @_extend_operation.register_fake
@@ -146,24 +161,25 @@ def _(
     return found[0], found[1]
 
 
-def _whole(what: int, parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], traffic: Traffic) -> Trade:
+def _trade(wholes: list[torch.Tensor], parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...]) -> Trade:
     """All of the own patches' rows, for all others, and room for all of theirs.
 
     Args:
-        what: Number of the tensor that they are parts of.
-        parts: Its rows, patch by patch.
+        wholes: Room for the rows of all patches, one for each own patch, [B, rows, columns, C]; in it, patches lie one
+            after the other: of a batch of one it becomes the whole, of others it has to be made from them.
+        parts: Rows of each own patch.
         rows: The split of the rows.
         sizes: Rows of each patch.
-        traffic: Where there is room.
     """
     sends: Parcels = []
     receives: Parcels = []
-    for patch, part in zip(rows.own, parts, strict=True):
-        others = [other for other in range(rows.patches) if other != patch]
-        own = traffic.room((what, patch), part, sizes[patch])
-        own.copy_(part)
-        sends.append(dict.fromkeys(others, own))
-        receives.append({other: traffic.room((what, patch, other), part, sizes[other]) for other in others})
+    for patch, part, whole in zip(rows.own, parts, wholes, strict=True):
+        row = part.numel() // part.shape[1]
+        pieces = whole.flatten().split([size * row for size in sizes])
+        places = [piece.view(len(part), -1, *part.shape[2:]) for piece in pieces]
+        places[patch].copy_(part)
+        sends.append({other: places[patch] for other in range(rows.patches) if other != patch})
+        receives.append({other: places[other] for other in sends[-1]})
     return sends, receives
 
 
@@ -174,7 +190,7 @@ def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portio
         for other in range(rows.patches):
             seen = visible_rows(portion, other, sizes).get(patch)
             if seen is not None:
-                sends[at][other] = part if portion == 1 else part[:, seen]
+                sends[at][other] = (part if portion == 1 else part[:, seen]).contiguous()
     return sends
 
 

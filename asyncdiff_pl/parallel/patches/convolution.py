@@ -16,7 +16,7 @@ from asyncdiff_pl.parallel.patches.rows import ROWS, Rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, cloned
+from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, Traffic, together
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,22 @@ def convolve(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tenso
     Raises:
         ValueError: A patch has fewer rows than its neighbour's kernel reaches into it.
     """
-    parts, sizes = site.step.rows.split(hidden), site.step.rows.at(hidden.shape[ROWS])
+    step = site.step
+    parts, sizes = step.rows.split(hidden), step.rows.at(hidden.shape[ROWS])
     first, last = edges(site, parts, sizes, halo)
     if torch.compiler.is_compiling():
         above, below = _halos_operation(first, last, halo.above, halo.below, site.number, site.now.order)
+        beyond = list(zip(above.unbind(), below.unbind(), strict=True))
     else:
-        above, below = _halos(first, last, halo, site.name, site.step)
-    extended = []
-    for at, part in enumerate(parts):
-        beyond = [in_layout_of(part, each[at]) for each in (above, below)]
-        extended.append(torch.cat([beyond[0], part, beyond[1]], ROWS))
-    return _each(convolution, extended)
+        beyond = _halos(first, last, halo, site.name, step)
+    return _each(convolution, [torch.cat(around(part, *each), ROWS) for part, each in zip(parts, beyond, strict=True)])
+
+
+def around(part: torch.Tensor, above: torch.Tensor, below: torch.Tensor) -> list[torch.Tensor]:
+    """A patch with the rows above and below it, laid out as it is: another layout would have all laid out anew."""
+    is_nhwc = part.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_nhwc else torch.contiguous_format
+    return [above.contiguous(memory_format=layout), part, below.contiguous(memory_format=layout)]
 
 
 def convolve_extended(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tensor) -> torch.Tensor:
@@ -93,12 +98,6 @@ def convolve_extended(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: to
     rows, beyond = site.step.rows, halo.above + halo.below
     sizes = rows.at(hidden.shape[ROWS] - beyond * len(rows.own))
     return _each(convolution, hidden.split([sizes[patch] + beyond for patch in rows.own], ROWS))
-
-
-def in_layout_of(part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows laid out as those that they are put beside: another layout would have all of them laid out anew."""
-    is_nhwc = part.is_contiguous(memory_format=torch.channels_last)
-    return rows.contiguous(memory_format=torch.channels_last if is_nhwc else torch.contiguous_format)
 
 
 def _each(convolution: nn.Conv2d, extended: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -132,14 +131,14 @@ def edges(
             "or a larger picture."
         )
     # in compiled code what makes the rows lays them out as well
-    first = torch.stack([part.narrow(ROWS, 0, reach) for part in parts]).contiguous()
-    last = torch.stack([part.narrow(ROWS, part.shape[ROWS] - reach, reach) for part in parts]).contiguous()
+    first = together([part.narrow(ROWS, 0, reach) for part in parts]).contiguous()
+    last = together([part.narrow(ROWS, part.shape[ROWS] - reach, reach) for part in parts]).contiguous()
     return first, last
 
 
 def _halos(
-    first: torch.Tensor, last: torch.Tensor, halo: Halo, name: str, step: PatchStep
-) -> tuple[torch.Tensor, torch.Tensor]:
+    first: torch.Tensor, last: torch.Tensor, halo: Halo, name: str, step: PatchStep, stays: bool = True
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What each own patch reads above and below it, zeros where there is nothing.
 
     Args:
@@ -148,25 +147,41 @@ def _halos(
         halo: Rows that are read beyond a patch.
         name: Name of the layer.
         step: The step in work.
+        stays: Whether first and last rows stay as they are after this.
     """
     rows, traffic = step.rows, step.traffic
-    above, below, (sends, places) = room_beyond(first, last, rows, halo)
+    received: Parcels = [{} for _ in rows.own]
     if step.source is Source.FRESH:
-        received = traffic.now(sends, places, name)
+        sends, received = trade_of_rows(first, last, rows, halo)
+        traffic.now(sends, received, name)
         if step.keeps_rows:
             traffic.keep(name, received)
     elif step.source is not Source.NONE:
         received = traffic.before(name)
         if step.sends:
-            traffic.later(name, cloned(sends))
-        for place, parcel in zip(places, received, strict=True):
-            for other, tensor in parcel.items():
-                place[other].copy_(tensor)
-    for at, patch in enumerate(rows.own):
-        for room, other in ((above, patch - 1), (below, patch + 1)):
-            if step.source is Source.NONE or not 0 <= other < rows.patches:
-                room[at].zero_()
-    return above, below
+            traffic.later(name, trade_of_rows(first, last, rows, halo)[0], stays=stays)
+    return rows_beyond(received, first, rows, halo, traffic)
+
+
+def rows_beyond(
+    received: Parcels, like: torch.Tensor, rows: Rows, halo: Halo, traffic: Traffic
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The rows above and below each own patch: what came in, or zeros.
+
+    Args:
+        received: What came in for each own patch.
+        like: Rows of the own patches, [own patches, B, C, rows, W].
+        rows: The split of the rows.
+        halo: Rows that are read beyond a patch.
+        traffic: Where there are zeros.
+    """
+    above, below = (
+        traffic.zeros((*like.shape[1:ROWS], count, like.shape[-1]), like) for count in (halo.above, halo.below)
+    )
+    return [
+        (parcel.get(patch - 1, above), parcel.get(patch + 1, below))
+        for patch, parcel in zip(rows.own, received, strict=True)
+    ]
 
 
 @torch.library.custom_op("asyncdiff_pl::halos", mutates_args={"order"})
@@ -174,21 +189,28 @@ def _halos_operation(
     first: torch.Tensor, last: torch.Tensor, above: int, below: int, site: torch.Tensor, order: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     it = site_of(site)
-    return _halos(first, last, Halo(above, below), it.name, it.step)
+    beyond = _halos(first, last, Halo(above, below), it.name, it.step, stays=False)
+    return torch.stack([each for each, _ in beyond]), torch.stack([each for _, each in beyond])
 
 
 @_halos_operation.register_fake
 def _(
     first: torch.Tensor, last: torch.Tensor, above: int, below: int, site: torch.Tensor, order: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _room(first, above), _room(first, below)
+    above, below = (first.new_empty((*first.shape[:ROWS], count, first.shape[-1])) for count in (above, below))
+    return above, below
 
 
-def room_beyond(
-    first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Halo
-) -> tuple[torch.Tensor, torch.Tensor, Trade]:
-    """Room for the rows above and below each own patch, and what is sent and comes in of them."""
-    above, below = _room(first, halo.above), _room(first, halo.below)
+def trade_of_rows(first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Halo) -> Trade:
+    """What each own patch sends of its first and last rows, and buffers for the rows above and below it.
+
+    Args:
+        first: First rows of each own patch, [own patches, B, C, reach, W], contiguous.
+        last: Their last rows.
+        rows: The split of the rows.
+        halo: Rows that are read beyond a patch.
+    """
+    shape = first.shape[1:ROWS], first.shape[-1]
     sends: Parcels = []
     places: Parcels = []
     for at, patch in enumerate(rows.own):
@@ -197,17 +219,12 @@ def room_beyond(
             if halo.below:
                 parcel[patch - 1] = first[at].narrow(ROWS, 0, halo.below).contiguous()
             if halo.above:
-                place[patch - 1] = above[at]
+                place[patch - 1] = first.new_empty((*shape[0], halo.above, shape[1]))
         if patch + 1 < rows.patches:
             if halo.above:
                 parcel[patch + 1] = last[at].narrow(ROWS, last.shape[ROWS] - halo.above, halo.above).contiguous()
             if halo.below:
-                place[patch + 1] = below[at]
+                place[patch + 1] = first.new_empty((*shape[0], halo.below, shape[1]))
         sends.append(parcel)
         places.append(place)
-    return above, below, (sends, places)
-
-
-def _room(edges: torch.Tensor, count: int) -> torch.Tensor:
-    """Room for another number of rows."""
-    return edges.new_empty((*edges.shape[:ROWS], count, edges.shape[-1]))
+    return sends, places

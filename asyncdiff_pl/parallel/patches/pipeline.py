@@ -139,9 +139,7 @@ class PatchPipeline(TrajectoryListener):
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, split_modules(denoiser)[1], gains_in_patches)
         self._cross_attentions = CrossAttentions(denoiser, self._forward, settings.compile != "none", settings.capture)
-        # uncompiled, the further kernels would take longer than the messages that they save
-        joins = settings.mode == "full_sync" and self._compiled is not None
-        self._layers = PatchLayers(denoiser, self._compiled, joins)
+        self._layers = PatchLayers(denoiser, self._compiled, joins=settings.mode == "full_sync")
         run = self._run_denoiser
         install(denoiser, run if self._compiled is None else self._compiled.allowing_all_kinds(run))
         trajectory.subscribe(self)
@@ -229,9 +227,10 @@ class PatchPipeline(TrajectoryListener):
             outputs = [self._compute(stream, *each, call) for each in zip(steps, given, strict=True)]
             if self.exchange is not None and self.settings.layout.cfg == 2 and not stream.signature[0]:
                 outputs = self.exchange.gather_halves(outputs[0])
-            if self.recordings.are_made:
-                # a recording ends with nothing under way
-                for each in steps:
+            for each in steps:
+                each.traffic.post()
+                if self.recordings.are_made:
+                    # a recording ends with nothing under way
                     each.traffic.join()
             return Made(join_halves(outputs), sent_bytes=self._swap.sent_bytes - before)
 

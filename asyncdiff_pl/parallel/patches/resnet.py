@@ -15,12 +15,13 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from asyncdiff_pl.parallel.patches.convolution import Halo, edges, in_layout_of, room_beyond
-from asyncdiff_pl.parallel.patches.group_norm import apply, moments, moments_in_use, room_for_all
+from asyncdiff_pl.parallel.patches.convolution import Halo, around, edges, rows_beyond, trade_of_rows
+from asyncdiff_pl.parallel.patches.group_norm import room_for_all
+from asyncdiff_pl.parallel.patches.moments import apply, combine, moments
 from asyncdiff_pl.parallel.patches.rows import ROWS
-from asyncdiff_pl.parallel.patches.settings import Statistics
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
+from asyncdiff_pl.parallel.patches.traffic import together
 
 
 def norms_and_convolutions(denoiser: nn.Module) -> Iterator[tuple[nn.GroupNorm, nn.Conv2d]]:
@@ -51,44 +52,46 @@ def normalise_and_extend(site: Site, norm: nn.GroupNorm, halo: Halo, hidden: tor
     """
     rows = site.step.rows
     parts, sizes = rows.split(hidden), rows.at(hidden.shape[ROWS])
-    own = torch.stack([moments(norm, part) for part in parts])
+    own = together([moments(norm, part) for part in parts])
     first, last = edges(site, parts, sizes, halo)
     if torch.compiler.is_compiling():
         now, numbers = site.now, (halo.above, halo.below, rows.patches)
         of_all, above, below = _swap_operation(own, first, last, *numbers, site.number, now.order)
+        beyond = list(zip(above.unbind(), below.unbind(), strict=True))
     else:
-        of_all, above, below = _swap(own, first, last, halo, site.name, site.step)
+        of_all, beyond = _swap(own, first, last, halo, site.name, site.step)
     found = []
     for at, patch in enumerate(rows.own):
-        used = moments_in_use(Statistics.FRESH, patch, own[at], of_all[at], sizes)
-        beyond = [in_layout_of(parts[at], each[at]) for each in (above, below)]
-        around = [
-            apply(norm, each, used) if 0 <= other < rows.patches else torch.zeros_like(each)
-            for each, other in zip(beyond, (patch - 1, patch + 1), strict=True)
-        ]
-        found.append(torch.cat([around[0], apply(norm, parts[at], used), around[1]], ROWS))
+        rows_around = torch.cat(around(parts[at], *beyond[at]), ROWS)
+        made = apply(norm, rows_around, combine(of_all[at], sizes, norm.eps))
+        # outside of the picture are zeros, after the norm as before it
+        if patch == 0:
+            made.narrow(ROWS, 0, halo.above).zero_()
+        if patch + 1 == rows.patches:
+            made.narrow(ROWS, made.shape[ROWS] - halo.below, halo.below).zero_()
+        found.append(made)
     return found[0] if len(found) == 1 else torch.cat(found, ROWS)
 
 
 def _swap(
     own: torch.Tensor, first: torch.Tensor, last: torch.Tensor, halo: Halo, name: str, step: PatchStep
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All patches' moments, and the rows above and below each own patch; what is outside of the picture is left open.
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """All patches' moments, and the rows above and below each own patch, zeros outside of the picture.
 
     Args:
         own: Moments of the own patches, [own patches, 2, B, groups].
-        first: First rows of each own patch, [own patches, B, C, reach, W].
+        first: First rows of each own patch, [own patches, B, C, reach, W], contiguous.
         last: Their last rows.
         halo: Rows that are read beyond a patch.
         name: Name of the layer.
         step: The step in work.
     """
     of_all, of_moments = room_for_all(own, step.rows)
-    above, below, of_rows = room_beyond(first, last, step.rows, halo)
+    of_rows = trade_of_rows(first, last, step.rows, halo)
     step.traffic.now_together([of_moments, of_rows], name)
     for at, patch in enumerate(step.rows.own):
         of_all[at, patch].copy_(own[at])
-    return of_all, above, below
+    return of_all, rows_beyond(of_rows[1], first, step.rows, halo, step.traffic)
 
 
 @torch.library.custom_op("asyncdiff_pl::moments_and_rows", mutates_args={"order"})
@@ -103,7 +106,8 @@ def _swap_operation(
     order: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     it = site_of(site)
-    return _swap(own, first, last, Halo(above, below), it.name, it.step)
+    of_all, beyond = _swap(own, first, last, Halo(above, below), it.name, it.step)
+    return of_all, torch.stack([each for each, _ in beyond]), torch.stack([each for _, each in beyond])
 
 
 @_swap_operation.register_fake

@@ -20,6 +20,9 @@ Parcels = list[dict[int, torch.Tensor]]
 Trade = tuple[Parcels, Parcels]
 """What each of the patches that this process plays sends, and its buffers for what it gets."""
 
+BATCH_BYTES = 8 * 2**20
+"""So much of what travels beside the computation goes together, as one launch in place of many."""
+
 
 class Swap(Protocol):
     """Gets parcels from patch to patch."""
@@ -83,6 +86,25 @@ class _Layer:
     own: list[list[torch.Tensor] | None] = field(default_factory=lambda: [None, None])
 
 
+@dataclass
+class _Batch:
+    """What several layers send each other for the next step, in one message to each patch."""
+
+    trades: list[Trade] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are sent."""
+        return sum(tensor.nbytes for sends, _ in self.trades for parcel in sends for tensor in parcel.values())
+
+    def wait(self) -> None:
+        """Waits until all of it has come in, once; on a GPU only the stream does."""
+        for message in self.pending:
+            message.wait()
+        self.pending = []
+
+
 class Traffic:
     """Messages of one denoiser call's layers, and what stays of them for the next step.
 
@@ -98,8 +120,9 @@ class Traffic:
         self._swap = swap
         self._is_double = is_double
         self._layers: dict[str, _Layer] = {}
-        self._pending: dict[str, list[Pending]] = {}
-        self._sent: list[Parcels] = []
+        self._pending: dict[str, _Batch] = {}
+        self._batch = _Batch()
+        self._sent: list[_Batch] = []
         self._rooms: dict[Hashable, torch.Tensor] = {}
         self.parity = 0
         """Which of the two buffers this step reads."""
@@ -151,6 +174,19 @@ class Traffic:
             self.held = object()
         return self._rooms[key]
 
+    def zeros(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Zeros that nobody writes into: what is outside of the picture.
+
+        Args:
+            shape: Their shape.
+            like: A tensor of their type and device.
+        """
+        key = "zeros", shape, like.dtype, like.device
+        if key not in self._rooms:
+            self._rooms[key] = _empty(shape, like).zero_()
+            self.held = object()
+        return self._rooms[key]
+
     def keep(self, name: str, received: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
         """Keeps for the next step what came in now.
 
@@ -166,8 +202,8 @@ class Traffic:
 
     def before(self, name: str) -> Parcels:
         """What the other patches had in the step before, as far as it was kept or sent."""
-        for message in self._pending.pop(name, ()):
-            message.wait()
+        if name in self._pending:
+            self._pending.pop(name).wait()
         found = self._layers[name].others[self.parity]
         assert found is not None
         return found
@@ -178,36 +214,52 @@ class Traffic:
         assert found is not None
         return found
 
-    def later(self, name: str, sends: Parcels, own: Sequence[torch.Tensor] = ()) -> None:
+    def later(self, name: str, sends: Parcels, own: Sequence[torch.Tensor] = (), stays: bool = True) -> None:
         """Sends what the other patches read in the next step, beside the computation; `before` comes before it.
 
         Args:
             name: Name of the layer.
-            sends: As for `now`, in memory of their own; what comes in is like what came in the step before.
+            sends: As for `now`; what comes in is like what came in the step before.
             own: What the own patches have.
+            stays: Whether what is sent stays as it is until the step ends; otherwise a copy of it is sent.
         """
         like = self._layers[name].others[self.parity]
         assert like is not None
-        self._pending[name] = self._swap.post([(sends, self._next(name, like))], name, is_waited_for=False)
-        # until they have left
-        self._sent.append(sends)
+        if not stays:
+            sends = cloned(sends)
+        self._batch.trades.append((sends, self._next(name, like)))
+        self._pending[name] = self._batch
         self._keep_own(name, own)
+        if self._batch.size > BATCH_BYTES:
+            self.post()
+
+    def post(self) -> None:
+        """Posts what has come together for the next step."""
+        batch, self._batch = self._batch, _Batch()
+        if batch.trades:
+            batch.pending = self._swap.post(batch.trades, "rows and moments for the next step", is_waited_for=False)
+            # until they have left
+            self._sent.append(batch)
 
     def turn_over(self) -> None:
         """Begins the next step: what was kept, or is coming in, is what it reads."""
+        self.post()
+        # what was sent in the step before has left by now
+        self._sent = [batch for batch in self._sent if batch.pending]
         self.parity ^= 1
 
     def join(self) -> None:
         """Waits for all that is under way; on a GPU only the stream does."""
-        for messages in self._pending.values():
-            for message in messages:
-                message.wait()
+        self.post()
+        for batch in self._sent:
+            batch.wait()
         self.abandon()
 
     def abandon(self) -> None:
         """Forgets the messages of a recording that came to nothing."""
         self._pending.clear()
         self._sent.clear()
+        self._batch = _Batch()
 
     def restart(self) -> None:
         """Begins a sample: with the same one of the buffers each time."""
@@ -263,3 +315,8 @@ def cloned(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:
         {patch: tensor.clone(memory_format=torch.contiguous_format) for patch, tensor in parcel.items()}
         for parcel in parcels
     ]
+
+
+def together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of the own patches as one; a single one stays where it is."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
