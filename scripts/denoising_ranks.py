@@ -80,6 +80,13 @@ class World:
         """GPU memory in GiB that was reserved at most, graphs' own included; None without a GPU."""
         return torch.cuda.max_memory_reserved(self.device) / GIB if self.device.type == "cuda" else None
 
+    def take_peak(self) -> float | None:
+        """The same, and what is reserved from here on is looked at anew."""
+        peak = self.peak()
+        if peak is not None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
     def close(self) -> None:
         """Ends the connections."""
         if self.size > 1:

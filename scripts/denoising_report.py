@@ -23,7 +23,7 @@ COLUMNS = (
     *("loop_s", "over_eager", "over_compiled", "pipeline_s", "pipeline_share_of_eager"),
     *("exact_steps", "exact_step_ms", "asynchronous_step_ms", "of_ideal", "glue_ms", "host_ms"),
     *("slowest_share", "fastest_share", "slowest_ms", "exposed_ms", "mib_per_step", "split_share"),
-    *("peak_gib", "peak_of_eager", "deviation", "timed_loops", "setup_s", "row_s"),
+    *("peak_gib", "peak_of_eager", "later_peak_gib", "deviation", "timed_loops", "setup_s", "row_s"),
     *("graphs", "refusal", "cut", "failure", "machine", "torch", "diffusers", "command"),
 )
 """Columns of the CSV file.
@@ -35,9 +35,10 @@ step after warm-up over that of one GPU in the same setting, divided by the numb
 `glue_ms` is what a step does outside of the denoiser, `host_ms` what the CPU spends on it: where that is the whole
 step, launches set the pace, or, with several steps at a time, the CPU waited for the GPU to come to the round before.
 `..._share` are shares of the denoiser's measured cost that the slowest and the fastest stage have, `slowest_ms` is what
-the slowest computes in a step, taken from the last step, which sends nothing, and `exposed_ms` what messages add to it.
-`split_share` is the share of the weights that is in layers that tensor parallelism splits. `deviation` is that of the
-latents from one GPU's, relative; with random weights it tells rounding from staleness, not how good a picture is.
+the slowest computes in a step, taken from the last step, which sends nothing, `exposed_ms` what messages add to it.
+`later_peak_gib` is the peak of memory once compiling, measuring units and the first steps are over. `split_share` is the
+share of the weights that is in layers that tensor parallelism splits. `deviation` is that of the latents from one GPU's,
+relative; with random weights it tells rounding from staleness, not how good a picture is.
 """
 
 SHOWN = {

@@ -75,6 +75,7 @@ class GraphClock:
                 times, ms = 1, self._time(run, ROUNDS)
             # a unit's memory goes back before the next one takes as much
             del graph
+            torch.cuda.empty_cache()
         return int(1e6 * ms / times)
 
     def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Any], times: int) -> None:
