@@ -36,9 +36,9 @@ step after warm-up over that of one GPU in the same setting, divided by the numb
 step, launches set the pace, or, with several steps at a time, the CPU waited for the GPU to come to the round before.
 `..._share` are shares of the denoiser's measured cost that the slowest and the fastest stage have, `slowest_ms` is what
 the slowest computes in a step, taken from the last step, which sends nothing, `exposed_ms` what messages add to it.
-`later_peak_gib` is the peak of memory once compiling, measuring units and the first steps are over. `split_share` is the
-share of the weights that is in layers that tensor parallelism splits. `deviation` is that of the latents from one GPU's,
-relative; with random weights it tells rounding from staleness, not how good a picture is.
+`later_peak_gib` is the peak of memory once compiling, measuring units and the first steps are over. `split_share` is
+the share of the weights that is in layers that tensor parallelism splits. `deviation` is that of the latents from one
+GPU's, relative; with random weights it tells rounding from staleness, not how good a picture is.
 """
 
 SHOWN = {
