@@ -190,7 +190,8 @@ def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portio
         for other in range(rows.patches):
             seen = visible_rows(portion, other, sizes).get(patch)
             if seen is not None:
-                sends[at][other] = (part if portion == 1 else part[:, seen]).contiguous()
+                # a copy of some rows: what is sent stays in memory until it has left, and as a view all rows would
+                sends[at][other] = part.contiguous() if portion == 1 else part[:, seen].clone()
     return sends
 
 
