@@ -205,6 +205,7 @@ def test_what_was_sent_is_given_back():
         alive.append(weakref.ref(sent))
         held.later("layer", [{1: sent}])
         del sent
+        held.post()
         held.turn_over()
     assert [reference() is not None for reference in alive] == [False] * (steps - 1) + [True]
 

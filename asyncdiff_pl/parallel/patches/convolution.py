@@ -16,7 +16,10 @@ from asyncdiff_pl.parallel.patches.rows import ROWS, Rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, Traffic, together
+from asyncdiff_pl.parallel.patches.traffic import Parcels, Traffic, together
+
+RowsBeyond = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of each own patch the rows above and below it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def convolve(site: Site, convolution: nn.Conv2d, halo: Halo, hidden: torch.Tenso
     first, last = edges(site, parts, sizes, halo)
     if torch.compiler.is_compiling():
         above, below = _halos_operation(first, last, halo.above, halo.below, site.number, site.now.order)
-        beyond = list(zip(above.unbind(), below.unbind(), strict=True))
+        beyond = taken_apart(above, below)
     else:
         beyond = _halos(first, last, halo, site.name, step)
     return _each(convolution, [torch.cat(around(part, *each), ROWS) for part, each in zip(parts, beyond, strict=True)])
@@ -138,7 +141,7 @@ def edges(
 
 def _halos(
     first: torch.Tensor, last: torch.Tensor, halo: Halo, name: str, step: PatchStep, stays: bool = True
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> RowsBeyond:
     """What each own patch reads above and below it, zeros where there is nothing.
 
     Args:
@@ -152,20 +155,18 @@ def _halos(
     rows, traffic = step.rows, step.traffic
     received: Parcels = [{} for _ in rows.own]
     if step.source is Source.FRESH:
-        sends, received = trade_of_rows(first, last, rows, halo)
-        traffic.now(sends, received, name)
+        received = room_beyond(first, rows, halo)
+        traffic.now(edges_to_send(first, last, rows, halo), received, name)
         if step.keeps_rows:
             traffic.keep(name, received)
     elif step.source is not Source.NONE:
         received = traffic.before(name)
         if step.sends:
-            traffic.later(name, trade_of_rows(first, last, rows, halo)[0], stays=stays)
+            traffic.later(name, edges_to_send(first, last, rows, halo), stays=stays)
     return rows_beyond(received, first, rows, halo, traffic)
 
 
-def rows_beyond(
-    received: Parcels, like: torch.Tensor, rows: Rows, halo: Halo, traffic: Traffic
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def rows_beyond(received: Parcels, like: torch.Tensor, rows: Rows, halo: Halo, traffic: Traffic) -> RowsBeyond:
     """The rows above and below each own patch: what came in, or zeros.
 
     Args:
@@ -175,9 +176,7 @@ def rows_beyond(
         halo: Rows that are read beyond a patch.
         traffic: Where there are zeros.
     """
-    above, below = (
-        traffic.zeros((*like.shape[1:ROWS], count, like.shape[-1]), like) for count in (halo.above, halo.below)
-    )
+    above, below = (traffic.zeros(_shape(like[0], count), like) for count in (halo.above, halo.below))
     return [
         (parcel.get(patch - 1, above), parcel.get(patch + 1, below))
         for patch, parcel in zip(rows.own, received, strict=True)
@@ -189,20 +188,34 @@ def _halos_operation(
     first: torch.Tensor, last: torch.Tensor, above: int, below: int, site: torch.Tensor, order: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     it = site_of(site)
-    beyond = _halos(first, last, Halo(above, below), it.name, it.step, stays=False)
-    return torch.stack([each for each, _ in beyond]), torch.stack([each for _, each in beyond])
+    return put_together(_halos(first, last, Halo(above, below), it.name, it.step, stays=False))
 
 
 @_halos_operation.register_fake
 def _(
     first: torch.Tensor, last: torch.Tensor, above: int, below: int, site: torch.Tensor, order: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    above, below = (first.new_empty((*first.shape[:ROWS], count, first.shape[-1])) for count in (above, below))
-    return above, below
+    return empty_beyond(first, above, below)
 
 
-def trade_of_rows(first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Halo) -> Trade:
-    """What each own patch sends of its first and last rows, and buffers for the rows above and below it.
+def put_together(beyond: RowsBeyond) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows above and those below all own patches, as an operation gives them, in memory of their own."""
+    above, below = zip(*beyond, strict=True)
+    return torch.stack(above), torch.stack(below)
+
+
+def taken_apart(above: torch.Tensor, below: torch.Tensor) -> RowsBeyond:
+    """The same patch by patch."""
+    return list(zip(above.unbind(), below.unbind(), strict=True))
+
+
+def empty_beyond(first: torch.Tensor, above: int, below: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tensors like those that `put_together` gives, for so many rows."""
+    return first.new_empty(_shape(first, above)), first.new_empty(_shape(first, below))
+
+
+def edges_to_send(first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Halo) -> Parcels:
+    """What each own patch sends of its first and last rows.
 
     Args:
         first: First rows of each own patch, [own patches, B, C, reach, W], contiguous.
@@ -210,21 +223,35 @@ def trade_of_rows(first: torch.Tensor, last: torch.Tensor, rows: Rows, halo: Hal
         rows: The split of the rows.
         halo: Rows that are read beyond a patch.
     """
-    shape = first.shape[1:ROWS], first.shape[-1]
     sends: Parcels = []
-    places: Parcels = []
     for at, patch in enumerate(rows.own):
-        parcel, place = {}, {}
-        if patch > 0:
-            if halo.below:
-                parcel[patch - 1] = first[at].narrow(ROWS, 0, halo.below).contiguous()
-            if halo.above:
-                place[patch - 1] = first.new_empty((*shape[0], halo.above, shape[1]))
-        if patch + 1 < rows.patches:
-            if halo.above:
-                parcel[patch + 1] = last[at].narrow(ROWS, last.shape[ROWS] - halo.above, halo.above).contiguous()
-            if halo.below:
-                place[patch + 1] = first.new_empty((*shape[0], halo.below, shape[1]))
+        parcel = {}
+        if patch > 0 and halo.below:
+            parcel[patch - 1] = first[at].narrow(ROWS, 0, halo.below).contiguous()
+        if patch + 1 < rows.patches and halo.above:
+            parcel[patch + 1] = last[at].narrow(ROWS, last.shape[ROWS] - halo.above, halo.above).contiguous()
         sends.append(parcel)
-        places.append(place)
-    return sends, places
+    return sends
+
+
+def room_beyond(first: torch.Tensor, rows: Rows, halo: Halo) -> Parcels:
+    """Buffers for the rows above and below each own patch.
+
+    Args:
+        first: Rows of the own patches, [own patches, B, C, rows, W].
+        rows: The split of the rows.
+        halo: Rows that are read beyond a patch.
+    """
+    return [
+        {
+            other: first.new_empty(_shape(first[0], count))
+            for other, count in ((patch - 1, halo.above), (patch + 1, halo.below))
+            if count and 0 <= other < rows.patches
+        }
+        for patch in rows.own
+    ]
+
+
+def _shape(like: torch.Tensor, count: int) -> tuple[int, ...]:
+    """The shape of another number of rows."""
+    return (*like.shape[:ROWS], count, like.shape[-1])

@@ -7,8 +7,6 @@ Source: DistriFusion (arXiv 2402.19481), section 4, "corrected asynchronous Grou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -72,32 +70,28 @@ def _gather(own: torch.Tensor, name: str, step: PatchStep, stays: bool = True) -
         For each own patch those of all, [own patches, patches, 2, B, groups]: the others' as this patch knows them.
     """
     rows, traffic = step.rows, step.traffic
-    latest: Sequence[torch.Tensor] = list(own)
     if step.statistics is Statistics.FRESH:
         found, (sends, places) = room_for_all(own, rows)
-        received = traffic.now(sends, places, name)
+        traffic.now(sends, places, name)
         if step.keeps_moments:
-            traffic.keep(name, received, latest)
-        for at, patch in enumerate(rows.own):
-            found[at, patch].copy_(latest[at])
+            traffic.keep(name, places, list(own))
         return found
     received, before = traffic.before(name), traffic.own_before(name)
     if step.sends:
         sends = [dict.fromkeys(parcel, moment) for parcel, moment in zip(received, own, strict=True)]
-        traffic.later(name, sends, latest, stays)
-    if step.statistics is Statistics.CORRECTED:
-        latest = before
+        traffic.later(name, sends, list(own), stays)
+    latest = before if step.statistics is Statistics.CORRECTED else list(own)
     known = [parcel | {patch: latest[at]} for at, (patch, parcel) in enumerate(zip(rows.own, received, strict=True))]
     return together([torch.stack([each[patch] for patch in sorted(each)]) for each in known])
 
 
 def room_for_all(own: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Trade]:
-    """Room for all patches' moments, as `_gather` gives them, and what is sent and comes in of them."""
+    """Room for all patches' moments, as `_gather` gives them, with the own ones in it; what is sent, and comes in."""
     found = own.new_empty(len(rows.own), rows.patches, *own.shape[1:])
-    places: Parcels = [
-        {other: found[at, other] for other in range(rows.patches) if other != patch}
-        for at, patch in enumerate(rows.own)
-    ]
+    places: Parcels = []
+    for at, patch in enumerate(rows.own):
+        found[at, patch].copy_(own[at])
+        places.append({other: found[at, other] for other in range(rows.patches) if other != patch})
     return found, ([dict.fromkeys(place, moment) for place, moment in zip(places, own, strict=True)], places)
 
 

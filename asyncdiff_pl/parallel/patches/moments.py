@@ -50,7 +50,7 @@ def combine(parts: torch.Tensor, weights: Sequence[int], eps: float) -> torch.Te
         eps: What is added to the variances.
     """
     if has_kernels(parts):
-        return torch.stack(_together(*parts.flatten(2).unbind(1), tuple(weights), eps)).view(parts.shape[1:])
+        return torch.stack(_combine(*parts.flatten(2).unbind(1), tuple(weights), eps)).view(parts.shape[1:])
     share = _factors(tuple(weight / sum(weights) for weight in weights), parts)[:, None, None]
     mean = (share * parts[:, 0]).sum(0)
     # about the common mean: a difference of squares would lose what is small beside it
@@ -128,10 +128,10 @@ def _moments_of(groups: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.T
     mean, inverse = torch.batch_norm_stats(groups.view(1, count * pieces, -1), eps)
     if pieces == 1:
         return mean, inverse
-    return _together(mean.view(count, pieces).t(), inverse.view(count, pieces).t(), (1,) * pieces, eps)
+    return _combine(mean.view(count, pieces).t(), inverse.view(count, pieces).t(), (1,) * pieces, eps)
 
 
-def _together(
+def _combine(
     means: torch.Tensor, inverses: torch.Tensor, weights: tuple[int, ...], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of parts together, [groups] each, from those of the parts, [parts, groups], on a GPU."""

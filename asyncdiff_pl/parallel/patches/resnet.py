@@ -15,7 +15,18 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from asyncdiff_pl.parallel.patches.convolution import Halo, around, edges, rows_beyond, trade_of_rows
+from asyncdiff_pl.parallel.patches.convolution import (
+    Halo,
+    RowsBeyond,
+    around,
+    edges,
+    edges_to_send,
+    empty_beyond,
+    put_together,
+    room_beyond,
+    rows_beyond,
+    taken_apart,
+)
 from asyncdiff_pl.parallel.patches.group_norm import room_for_all
 from asyncdiff_pl.parallel.patches.moments import apply, combine, moments
 from asyncdiff_pl.parallel.patches.rows import ROWS
@@ -57,7 +68,7 @@ def normalise_and_extend(site: Site, norm: nn.GroupNorm, halo: Halo, hidden: tor
     if torch.compiler.is_compiling():
         now, numbers = site.now, (halo.above, halo.below, rows.patches)
         of_all, above, below = _swap_operation(own, first, last, *numbers, site.number, now.order)
-        beyond = list(zip(above.unbind(), below.unbind(), strict=True))
+        beyond = taken_apart(above, below)
     else:
         of_all, beyond = _swap(own, first, last, halo, site.name, site.step)
     found = []
@@ -75,7 +86,7 @@ def normalise_and_extend(site: Site, norm: nn.GroupNorm, halo: Halo, hidden: tor
 
 def _swap(
     own: torch.Tensor, first: torch.Tensor, last: torch.Tensor, halo: Halo, name: str, step: PatchStep
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, RowsBeyond]:
     """All patches' moments, and the rows above and below each own patch, zeros outside of the picture.
 
     Args:
@@ -86,12 +97,11 @@ def _swap(
         name: Name of the layer.
         step: The step in work.
     """
-    of_all, of_moments = room_for_all(own, step.rows)
-    of_rows = trade_of_rows(first, last, step.rows, halo)
-    step.traffic.now_together([of_moments, of_rows], name)
-    for at, patch in enumerate(step.rows.own):
-        of_all[at, patch].copy_(own[at])
-    return of_all, rows_beyond(of_rows[1], first, step.rows, halo, step.traffic)
+    rows, traffic = step.rows, step.traffic
+    of_all, of_moments = room_for_all(own, rows)
+    received = room_beyond(first, rows, halo)
+    traffic.now_together([of_moments, (edges_to_send(first, last, rows, halo), received)], name)
+    return of_all, rows_beyond(received, first, rows, halo, traffic)
 
 
 @torch.library.custom_op("asyncdiff_pl::moments_and_rows", mutates_args={"order"})
@@ -107,7 +117,7 @@ def _swap_operation(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     it = site_of(site)
     of_all, beyond = _swap(own, first, last, Halo(above, below), it.name, it.step)
-    return of_all, torch.stack([each for each, _ in beyond]), torch.stack([each for _, each in beyond])
+    return of_all, *put_together(beyond)
 
 
 @_swap_operation.register_fake
@@ -121,5 +131,4 @@ def _(
     site: torch.Tensor,
     order: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = [first.new_empty((*first.shape[:ROWS], count, first.shape[-1])) for count in (above, below)]
-    return own.new_empty(own.shape[0], patches, *own.shape[1:]), rows[0], rows[1]
+    return own.new_empty(own.shape[0], patches, *own.shape[1:]), *empty_beyond(first, above, below)

@@ -91,12 +91,13 @@ class _Batch:
     """What several layers send each other for the next step, in one message to each patch."""
 
     trades: list[Trade] = field(default_factory=list)
+    size: int = 0
     pending: list[Pending] = field(default_factory=list)
 
-    @property
-    def size(self) -> int:
-        """Bytes that are sent."""
-        return sum(tensor.nbytes for sends, _ in self.trades for parcel in sends for tensor in parcel.values())
+    def add(self, sends: Parcels, receives: Parcels) -> None:
+        """Takes in what one layer sends and gets."""
+        self.trades.append((sends, receives))
+        self.size += sum(tensor.nbytes for parcel in sends for tensor in parcel.values())
 
     def wait(self) -> None:
         """Waits until all of it has come in, once; on a GPU only the stream does."""
@@ -227,7 +228,7 @@ class Traffic:
         assert like is not None
         if not stays:
             sends = cloned(sends)
-        self._batch.trades.append((sends, self._next(name, like)))
+        self._batch.add(sends, self._next(name, like))
         self._pending[name] = self._batch
         self._keep_own(name, own)
         if self._batch.size > BATCH_BYTES:
@@ -242,15 +243,14 @@ class Traffic:
             self._sent.append(batch)
 
     def turn_over(self) -> None:
-        """Begins the next step: what was kept, or is coming in, is what it reads."""
-        self.post()
+        """Begins the next step: what was kept, or is coming in, is what it reads; `post` comes before it."""
+        assert not self._batch.trades, "what the next step reads was not posted"
         # what was sent in the step before has left by now
         self._sent = [batch for batch in self._sent if batch.pending]
         self.parity ^= 1
 
     def join(self) -> None:
-        """Waits for all that is under way; on a GPU only the stream does."""
-        self.post()
+        """Waits for all that is under way; on a GPU only the stream does. What was not posted is let go."""
         for batch in self._sent:
             batch.wait()
         self.abandon()
