@@ -180,7 +180,7 @@ def agreed_costs(
         kept = load_costs(found, graph)
         costs = measure(denoiser, forward, graph, args, kwargs, stopwatch_for(device)) if kept is None else kept
         if kept is None and device.type == "cuda":
-            # what the recordings took
+            # what the run itself took: recordings gave theirs back
             torch.cuda.empty_cache()
         costs = _of_the_first(key_of(found), costs)
         if costs != kept:
