@@ -1,4 +1,4 @@
-"""Measures how far asynchronous stages take the latents from one rank's, with our cuts and the original AsyncDiff's.
+"""Measures how far asynchronous layouts take the latents from one rank's, with our cuts and the original AsyncDiff's.
 
     python scripts/measure_deviation.py measure deviation --shard 0/4   # several on each GPU, all in one folder
     python scripts/measure_deviation.py merge deviation
@@ -86,8 +86,9 @@ def jobs_of(model: str) -> list[Job]:
         found.append(Job(gpus, ORIGINAL_NAME, {"stages": gpus, "cut": ORIGINAL[model, gpus]}))
         found.append(Job(gpus, f"{gpus} stages", {"stages": gpus}))
         found.append(Job(gpus, f"{gpus} stages, folded", {"stages": gpus, "folded": True}))
-    found.insert(3, Job(2, "cfg 2", {"cfg": 2}))
+    found[3:3] = [Job(2, "cfg 2", {"cfg": 2}), Job(2, "2 steps", {"steps": 2})]
     found.append(Job(4, "cfg 2 x 2 stages", {"stages": 2, "cfg": 2}))
+    found.append(Job(4, "cfg 2 x 2 steps", {"steps": 2, "cfg": 2}))
     return found
 
 

@@ -74,10 +74,13 @@ def test_groups_of_any_length(written_out, dtype, shape):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     normalised = apply(norm, hidden, found)
     assert normalised.dtype == dtype
-    torch.testing.assert_close(normalised, norm(hidden), rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-2)
     torch.testing.assert_close(
         normalised.float(), written_out(apply, norm, hidden, expected).float(), rtol=1e-2, atol=1e-4
     )
+    # not torch's own in half precision: on a GPU it rounds the moments to it
+    exact = norm.float()(hidden.float())
+    rounding = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(normalised.float(), exact, rtol=rounding, atol=1e-4)
 
 
 def test_another_layout_in_memory(written_out):

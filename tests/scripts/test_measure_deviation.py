@@ -28,12 +28,12 @@ def test_the_originals_cuts_own_all_of_the_network(model, kind):
 def test_shards_go_on_where_they_were_and_are_put_together(tmp_path, capsys):
     settings = {"models": ["tiny-sd"], "samples": 2, "sd_steps": 4, "batch_size": 2, "device": "cpu"}
     # the first layout alone
-    measure(tmp_path, "0/9", **settings)
-    path = tmp_path / "deviation_0of9.csv"
+    measure(tmp_path, "0/10", **settings)
+    path = tmp_path / "deviation_0of10.csv"
     before = path.read_text()
     assert len(before.splitlines()) == 1 + 2
     path.write_text(before + "tiny-sd,4,0,4,4 sta")
-    measure(tmp_path, "0/9", **settings)
+    measure(tmp_path, "0/10", **settings)
     assert path.read_text() == before
     assert "original AsyncDiff" in capsys.readouterr().out
     merge(tmp_path)
