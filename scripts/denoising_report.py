@@ -179,7 +179,9 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     """Rows without those that were measured again later, or that failed, in order of the last measurement."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = tuple(row.get(name) for name in ("model", "layout", "setting", "steps", "machine"))
+        # how many devices the machine had beside those that the layout takes does not matter
+        device = (row.get("machine") or "").partition(" x ")[2]
+        key = (*(row.get(name) for name in ("model", "layout", "setting", "steps")), device)
         if row.get("loop_s") is not None:
             found.pop(key, None)
             found[key] = row

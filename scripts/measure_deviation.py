@@ -81,14 +81,16 @@ class Job(NamedTuple):
 
 def jobs_of(model: str) -> list[Job]:
     """The original's layout and ours, for 2 and 4 GPUs; the original's first."""
+    others: dict[int, dict[str, dict[str, Any]]] = {
+        2: {"cfg 2": {"cfg": 2}, "2 steps": {"steps": 2}},
+        4: {"cfg 2 x 2 stages": {"stages": 2, "cfg": 2}, "cfg 2 x 2 steps": {"steps": 2, "cfg": 2}},
+    }
     found = []
-    for gpus in (2, 4):
+    for gpus, more in others.items():
         found.append(Job(gpus, ORIGINAL_NAME, {"stages": gpus, "cut": ORIGINAL[model, gpus]}))
         found.append(Job(gpus, f"{gpus} stages", {"stages": gpus}))
         found.append(Job(gpus, f"{gpus} stages, folded", {"stages": gpus, "folded": True}))
-    found[3:3] = [Job(2, "cfg 2", {"cfg": 2}), Job(2, "2 steps", {"steps": 2})]
-    found.append(Job(4, "cfg 2 x 2 stages", {"stages": 2, "cfg": 2}))
-    found.append(Job(4, "cfg 2 x 2 steps", {"steps": 2, "cfg": 2}))
+        found += [Job(gpus, name, settings) for name, settings in more.items()]
     return found
 
 

@@ -261,6 +261,8 @@ def test_rows_are_kept_as_they_come(tmp_path, capsys):
     assert rows[1]["over_eager"] == 4
     assert line(rows[1]) in text
     assert [found["layout"] for found in newest([*rows, rows[0]])] == ["2x2", 1]
+    machines = [rows[0] | {"machine": machine} for machine in ("2 x GPU", "4 x GPU", "4 x another")]
+    assert [found["machine"] for found in newest(machines)] == ["4 x GPU", "4 x another"]
     plot(rows, picture)
     assert picture.stat().st_size > 10_000
     path.write_text("model,ms\nsvd,3\n")
