@@ -62,6 +62,8 @@ class GraphClock:
     def __call__(self, name: str, run: Callable[[], Any]) -> int:
         """Nanoseconds of one run; one that cannot be recorded is timed as it is, with a warning."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        # what the same run took on the current stream: this one would take it once more
+        torch.cuda.empty_cache()
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             # before a recording, libraries must have set themselves up for the stream
             run()
