@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,19 @@ STEPS = re.compile(r"(?:(\d)x)?steps([2-9]|[1-9]\d+)")
 """Layouts in which ranks compute steps of their own: `steps2`, and `2xsteps2` with a guidance batch that is split."""
 
 
-def parse(arguments: list[str] | None, description: str | None = None) -> argparse.Namespace:
+def parse(
+    arguments: list[str] | None, description: str | None = None, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.Namespace:
     """The command's options.
 
     Args:
         arguments: What follows the command; None takes the process's own.
         description: What `--help` begins with.
+        parents: More options.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=parents
+    )
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--models", nargs="+", choices=list(FULL), default=list(FULL))
     parser.add_argument(

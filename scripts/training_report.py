@@ -11,7 +11,7 @@ from typing import Any
 from shards import whole_lines, write_table
 
 COLUMNS = ("method", "seed", "minutes", "seconds", "steps", "images", "distance", "pictures", "measure", "began")
-VERDICT_COLUMNS = ("method", "seed", "minutes", "sample_steps", "pictures", "distance", "measure")
+VERDICT_COLUMNS = ("method", "seed", "minutes", "sample_steps", "variance", "pictures", "distance", "measure")
 THROUGHPUT_COLUMNS = (
     *("method", "batch_size", "compile", "capture", "steps", "seconds", "images_per_second", "tflops", "peak_gib"),
 )
@@ -92,11 +92,15 @@ def _verdict_lines(rows: list[dict[str, str]]) -> list[str]:
     """A table for each number of pictures and of steps: distances compare within one alone."""
     kinds: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     for row in rows:
-        kind = kinds.setdefault((row["pictures"], row["sample_steps"], row["minutes"], row["measure"]), {})
+        kind = kinds.setdefault(
+            (row["pictures"], row["sample_steps"], row["variance"], row["minutes"], row["measure"]), {}
+        )
         kind.setdefault(row["method"], {})[row["seed"]] = float(row["distance"])
     lines = []
-    for (pictures, steps, minutes, measure), found in sorted(kinds.items()):
-        title = f"{measure}, {pictures} pictures of ancestral sampling in {steps} steps, after {minutes} min"
+    for (pictures, steps, variance, minutes, measure), found in sorted(kinds.items()):
+        title = (
+            f"{measure}, {pictures} pictures of ancestral sampling in {steps} steps ({variance}), after {minutes} min"
+        )
         lines += ["", f"{title}: mean (least to most)\n", "| method | seeds | distance | against uniform |"]
         lines += ["|---|---|---|---|"]
         for name in sorted(found, key=lambda name: _mean(found[name]) or 0.0):
@@ -119,7 +123,8 @@ def _mean(values: dict[str, float]) -> float | None:
 
 
 def _cell(values: dict[str, float]) -> str:
-    return f"{_mean(values):.2f} ({min(values.values()):.2f} to {max(values.values()):.2f})" if values else ""
+    spread = f" ({min(values.values()):.2f} to {max(values.values()):.2f})" if len(values) > 1 else ""
+    return f"{_mean(values):.2f}{spread}" if values else ""
 
 
 def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -24,6 +25,7 @@ def verdict(
     gpus: str = "1",
     pictures: int = 10_000,
     sample_steps: int = 100,
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
     sample_batch: int = 500,
     features: str = "efficientnet-lite0",
     compile: bool = True,
@@ -38,6 +40,8 @@ def verdict(
         gpus: How many GPUs, each with a process of its own; or `1/4`, the networks of the second of four alone.
         pictures: How many pictures.
         sample_steps: Steps of ancestral sampling, evenly spaced over the training's timesteps.
+        variance: Of the noise that each step adds. With few steps `fixed_large`, which the configs train for 1000 of
+            them, leaves more noise in a picture than the network is told of, and hides what networks differ in.
         sample_batch: Pictures that are made at once.
         features: Network that the distance is measured in.
         compile: Compile the networks.
@@ -49,7 +53,13 @@ def verdict(
     last = max((float(row["minutes"]) for row in rows), default=0.0)
     chosen = [ALWAYS, *best_methods(rows, best, ALWAYS)] if methods is None else methods
     runs = {(row["method"], int(row["seed"])) for row in rows if float(row["minutes"]) == last}
-    jobs = sorted((name, seed) for name, seed in runs if name in chosen and network_folder(output, name, seed).is_dir())
+    # seed by seed, so that one that is cut off leaves methods to compare
+    jobs = [
+        (name, seed)
+        for seed in sorted({seed for _, seed in runs})
+        for name in chosen
+        if (name, seed) in runs and network_folder(output, name, seed).is_dir()
+    ]
     if not jobs:
         raise ValueError(
             f"{output} keeps no network of {', '.join(chosen)}; run `measure` with `--keep true` in it first."
@@ -58,7 +68,7 @@ def verdict(
     done = {
         (row["method"], int(row["seed"]))
         for row in read_verdict(output)
-        if (int(row["sample_steps"]), int(row["pictures"])) == (sample_steps, pictures)
+        if (int(row["sample_steps"]), row["variance"], int(row["pictures"])) == (sample_steps, variance, pictures)
     }
     left = [job for job in mine if job not in done]
     distance = RealDistance(data, features, output) if left else None
@@ -67,9 +77,10 @@ def verdict(
         torch._dynamo.reset()
         folder = network_folder(output, name, seed)
         network = UNet2DModel.from_pretrained(folder / "unet").to(distance.device)
-        scheduler = RespacedScheduler.like(DDPMScheduler.from_pretrained(folder / "scheduler"), sampler="ddpm")
+        own = DDPMScheduler.from_pretrained(folder / "scheduler")
+        scheduler = RespacedScheduler.like(own, sampler="ddpm", variance_type=variance)
         found = distance(draw(network, scheduler, pictures, sample_batch, sample_steps, compile))
-        row = (name, seed, last, sample_steps, pictures, found, distance.name)
+        row = (name, seed, last, sample_steps, variance, pictures, found, distance.name)
         append_row(output / f"verdict{ending}.csv", VERDICT_COLUMNS, dict(zip(VERDICT_COLUMNS, row, strict=True)))
         print(f"{name}, seed {seed}: {distance.name} {found:.4g}", flush=True)
     if not ending:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 
-from asyncdiff_pl.sampling.respaced import SamplerKind, Skip
+from asyncdiff_pl.sampling.respaced import SamplerKind, Skip, Variance
 
 GPU = ("gpu", "cuda")
 
@@ -26,6 +26,8 @@ class PictureTest:
         num_inference_steps: Number of denoising steps; a list measures each of them.
         eta: Noise of DDIM's steps, from 0 (none) to 1.
         skip: Which timesteps are taken: `linear` spaces them evenly, `quadratic` evenly in their square roots.
+        variance: Variance of `ddpm`'s noise, `fixed_small` or `fixed_large`; null takes what was trained. With few
+            steps `fixed_large` leaves noise in the pictures.
         features: Network of the Fréchet distance: `inception` for FID, `efficientnet-lite0`, a CLIP model or a file;
             see `predict --help`, frechet_distance.
         precision_features: Network of precision and recall, `vgg16-397923af.pth` say; null takes `features`.
@@ -41,6 +43,7 @@ class PictureTest:
     num_inference_steps: int | list[int] = 50
     eta: float = 0.0
     skip: Skip = "linear"
+    variance: Variance | None = None
     features: str = "inception"
     precision_features: str | None = None
     max_real: int | None = None
@@ -57,7 +60,7 @@ class PictureTest:
             trainer: The trainer's settings of the training config.
         """
         is_gpu = trainer.accelerator in GPU or (trainer.accelerator == "auto" and torch.cuda.is_available())
-        names = ("num_inference_steps", "sampler", "eta", "skip", "seed")
+        names = ("num_inference_steps", "sampler", "eta", "skip", "variance", "seed")
         model = {"pretrained": str(pipeline), **{name: getattr(self, name) for name in names}}
         model |= {"dtype": self.dtype or ("float16" if is_gpu else "float32"), "channels_last": is_gpu}
         strategy = {"stages": 1, "compile": "full" if is_gpu else "none"}

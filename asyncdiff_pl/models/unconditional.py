@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import nn
 from typing_extensions import override
@@ -18,6 +19,9 @@ from asyncdiff_pl.models.loading import WeightsSource
 from asyncdiff_pl.models.sources import find_folder, read_component_config, read_index, read_json
 from asyncdiff_pl.models.unconditional_pipeline import UnconditionalPipeline
 from asyncdiff_pl.sampling.respaced import RespacedScheduler, SamplerKind, Skip, Variance
+
+MOST_HIDDEN_LEVELS = 2.0
+"""Noise of which the network is not told, in levels of 255, above which the user is."""
 
 
 class UnconditionalPredictor(DiffusionPredictor):
@@ -34,7 +38,7 @@ class UnconditionalPredictor(DiffusionPredictor):
         eta: Noise of DDIM's steps, from 0 (none) to 1.
         skip: Which timesteps are taken: `linear` spaces them evenly, `quadratic` evenly in their square roots.
         variance: Variance of DDPM's noise, `fixed_small` or `fixed_large`; null takes the checkpoint's, which may be
-            learned.
+            learned. With few steps `fixed_large` leaves noise in the pictures.
         seed: Seed of the run.
         dtype: Number format of the network's weights and activations; states between steps are float32.
         weights: `pretrained` loads the checkpoint's weights; `random` builds the same network without them, for
@@ -115,10 +119,24 @@ class UnconditionalPredictor(DiffusionPredictor):
         changes = {"sampler": self.sampler, "eta": self.eta, "skip": self.skip}
         if self.variance is not None:
             changes["variance_type"] = self.variance
-        pipeline.scheduler = RespacedScheduler.like(pipeline.scheduler, **changes)
+        pipeline.scheduler = scheduler = RespacedScheduler.like(pipeline.scheduler, **changes)
+        self._tell_of_noise(scheduler)
         if self.channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
         return pipeline
+
+    def _tell_of_noise(self, scheduler: RespacedScheduler) -> None:
+        if self.sampler != "ddpm" or scheduler.config.variance_type != "fixed_large":
+            return
+        number = min(self.num_inference_steps)
+        scheduler.set_timesteps(number)
+        # data from -1 to 1
+        levels = 127.5 * scheduler.hidden_noise
+        if levels > MOST_HIDDEN_LEVELS:
+            rank_zero_warn(
+                f"ddpm with the variance fixed_large leaves noise in pictures of {number} steps of which the network is "
+                f"not told, about {levels:.1f} of 255 levels; set variance to fixed_small, or take more steps."
+            )
 
     @override
     def generate(
