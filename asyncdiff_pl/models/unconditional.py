@@ -134,8 +134,8 @@ class UnconditionalPredictor(DiffusionPredictor):
         levels = 127.5 * scheduler.hidden_noise
         if levels > MOST_HIDDEN_LEVELS:
             rank_zero_warn(
-                f"ddpm with the variance fixed_large leaves noise in pictures of {number} steps of which the network is "
-                f"not told, about {levels:.1f} of 255 levels; set variance to fixed_small, or take more steps."
+                f"ddpm with the variance fixed_large leaves noise in pictures of {number} steps of which the network "
+                f"is not told, about {levels:.1f} of 255 levels; set variance to fixed_small, or take more steps."
             )
 
     @override

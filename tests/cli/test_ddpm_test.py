@@ -230,6 +230,7 @@ SURFACE = {
     "num_inference_steps": 50,
     "eta": 0.0,
     "skip": "linear",
+    "variance": None,
     "features": "inception",
     "precision_features": None,
     "max_real": None,

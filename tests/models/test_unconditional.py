@@ -80,9 +80,7 @@ def test_a_run_that_goes_on_adds_to_the_file(exported, tmp_path):
 
 def test_the_loop_is_what_it_says(exported):
     model = UnconditionalPredictor(exported, sampler="ddpm", variance="fixed_large", skip="quadratic", **SETTINGS)
-    with pytest.warns(
-        UserWarning, match=r"fixed_large leaves noise in pictures of 3 steps .* set variance to fixed_sma"
-    ):
+    with pytest.warns(UserWarning, match=r"leaves noise in pictures of 3 steps .* set variance to fixed_small"):
         model.configure_model()
     pipeline = model.pipeline
     found = pipeline([7], 3, "pt").images
