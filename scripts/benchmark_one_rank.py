@@ -14,8 +14,10 @@ rank is a process of its own; the first one also measures rows of one rank, to c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
+from unittest.mock import patch
 
 import torch.distributed as dist
 from benchmark_denoising import LayoutBench
@@ -101,11 +103,21 @@ class Alone(World):
         self.size, self.number, self.rank = size, number, 0
         dist.init_process_group("fake", store=dist.HashStore(), rank=number, world_size=size)
         record, cost = recordings.recorder_for, pipeline.agreed_costs
-        # messages that go nowhere can be in a recording, weights come to this GPU, and costs that another rank would
-        # tell are on disk
-        pipeline.device_of_rank = lambda module: self.device
-        recordings.recorder_for = lambda device, backend: record(device, None)
-        pipeline.agreed_costs = lambda *args: cost(*args[:-1])
+        self._patches = contextlib.ExitStack()
+        for module, name, instead in (
+            # messages that go nowhere can be in a recording
+            (recordings, "recorder_for", lambda device, backend: record(device, None)),
+            # weights come to this GPU as to that of a rank with NCCL
+            (pipeline, "device_of_rank", lambda module: self.device),
+            # nobody tells of costs: they are on disk, or measured here
+            (pipeline, "agreed_costs", lambda *args: cost(*args[:-1])),
+        ):
+            self._patches.enter_context(patch.object(module, name, instead))
+
+    def close(self) -> None:
+        """Ends what only looks like connections."""
+        self._patches.close()
+        super().close()
 
     def _gather(self, value: object) -> list[object]:
         return [value] * self.size
