@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         jobs = plan(options, ranks)
         for name in options.models:
-            sized(kinds[name], options.latents, options.half_batch)
+            sized(kinds[name], options.latents, options.half_batch, options.forward_chunk)
         for name in options.models if options.whole_pipeline is not None else ():
             if not kinds[name].has_pipeline:
                 raise ValueError(f"There is no whole pipeline of a tiny {name}; leave out --whole-pipeline.")
@@ -65,7 +65,9 @@ class LayoutBench(Bench):
 
     def kind(self, name: str) -> Kind:
         """A model in the size that is asked for."""
-        return sized((TINY if self.options.tiny else FULL)[name], self.options.latents, self.options.half_batch)
+        options = self.options
+        kind = (TINY if options.tiny else FULL)[name]
+        return sized(kind, options.latents, options.half_batch, options.forward_chunk)
 
     def build(self, kind: Kind) -> Denoising:
         """Builds a model, and its pipeline if that is asked for."""
@@ -80,6 +82,7 @@ class LayoutBench(Bench):
                 + [name]
                 + ([options.latents] if options.latents else [])
                 + ["half batch"] * options.half_batch
+                + ([f"in chunks of {options.forward_chunk}"] if options.forward_chunk else [])
             ),
             "layout": job.name,
             "setting": str(job),

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{odd[0]} is not for {options.ranks} ranks, or shares layers; take other --layouts or --ranks."
             )
         for name in options.models:
-            sized(kinds[name], options.latents, options.half_batch)
+            sized(kinds[name], options.latents, options.half_batch, options.forward_chunk)
         table = Table(options.csv, RANK_COLUMNS, SHOWN, lambda row, others: {})
     except ValueError as error:
         refuse(error, 0)

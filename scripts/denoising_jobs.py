@@ -143,6 +143,12 @@ def parse(
         "it, but for putting the halves together; for machines with half of its GPUs",
     )
     parser.add_argument(
+        "--forward-chunk",
+        type=int,
+        metavar="FRAMES",
+        help="frames whose feed-forward layers svd computes at a time (all)",
+    )
+    parser.add_argument(
         "--repeats", type=int, default=3, help="timed loops of each row, of which the median counts (3)"
     )
     parser.add_argument(
@@ -240,14 +246,19 @@ def _mode_and_portion(text: str) -> tuple[Any, int, float]:
         raise ValueError(f"--patch-mode {text} has a portion that is no number; give MODE:0.3, say.") from None
 
 
-def sized(kind: Kind, latents: str | None, is_half: bool = False) -> Kind:
-    """A model with latents of another size, or with one half of the guidance batch alone.
+def sized(kind: Kind, latents: str | None, is_half: bool = False, forward_chunk: int | None = None) -> Kind:
+    """A model with latents of another size, with one half of the guidance batch alone, or with smaller layers.
 
     Raises:
-        ValueError: That is no size.
+        ValueError: That is no size, or frames do not come in chunks of it.
     """
     if is_half:
         kind = replace(kind, is_half=True)
+    if forward_chunk is not None:
+        # guidance that changes over the frames is svd's
+        if not isinstance(kind.guidance, tuple) or forward_chunk < 1 or kind.latents[0] % forward_chunk:
+            raise ValueError(f"--forward-chunk is {forward_chunk}; it divides the frames of svd, and no other has it.")
+        kind = replace(kind, forward_chunk=forward_chunk)
     if latents is None:
         return kind
     found = re.fullmatch(r"(\d+)x(\d+)", latents)

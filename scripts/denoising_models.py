@@ -50,6 +50,7 @@ class Kind:
         motion: Folder of a motion adapter and entries of its configuration that differ; None where there is none.
         has_pipeline: Whether there is a whole pipeline of this size.
         is_half: Whether the denoiser gets one half of the guidance batch alone.
+        forward_chunk: Frames whose feed-forward layers are computed at a time; None for all.
     """
 
     config: str
@@ -61,6 +62,7 @@ class Kind:
     motion: tuple[str, Mapping[str, Any]] | None = None
     has_pipeline: bool = True
     is_half: bool = False
+    forward_chunk: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,6 +130,8 @@ class Denoising:
         else:
             self.denoiser, self.scheduler = build_denoiser(kind, device, dtype)
         self.denoiser.to(device)
+        if kind.forward_chunk is not None:
+            self.denoiser.enable_forward_chunking(kind.forward_chunk)
         generator = torch.Generator().manual_seed(1)
 
         def draw(*shape: int) -> torch.Tensor:

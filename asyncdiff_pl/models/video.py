@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from diffusers import DiffusionPipeline, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from PIL import Image
 from torch import nn
 from typing_extensions import override
@@ -45,6 +45,8 @@ class VideoPredictor(DiffusionPredictor):
         variant: Variant of the checkpoint's weight files, `fp16` say; null takes the plain files.
         scheduler_config: Entries of the scheduler's config that differ from the checkpoint's, `{beta_schedule: linear}`
             say.
+        forward_chunk_size: Number of frames whose feed-forward layers are computed at a time, which divides num_frames:
+            fewer need less memory and more kernels; null computes all at once.
     """
 
     pipeline_class = StableVideoDiffusionPipeline
@@ -66,12 +68,17 @@ class VideoPredictor(DiffusionPredictor):
         weights: WeightsSource = "pretrained",
         variant: str | None = None,
         scheduler_config: dict[str, Any] | None = None,
+        forward_chunk_size: int | None = None,
     ) -> None:
         super().__init__(pretrained, num_inference_steps, scheduler, seed, dtype, weights, variant, scheduler_config)
         if num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}; give 1 or more.")
         if decode_chunk_size is not None and decode_chunk_size < 1:
             raise ValueError(f"decode_chunk_size is {decode_chunk_size}; give 1 or more, or null for all frames.")
+        if forward_chunk_size is not None and (forward_chunk_size < 1 or num_frames % forward_chunk_size):
+            raise ValueError(
+                f"forward_chunk_size is {forward_chunk_size} and num_frames {num_frames}; give a divisor or null."
+            )
         if noise_aug_strength < 0:
             raise ValueError(f"noise_aug_strength is {noise_aug_strength}; give 0 or more.")
         if fps < 1:
@@ -83,6 +90,14 @@ class VideoPredictor(DiffusionPredictor):
         self.min_guidance_scale = min_guidance_scale
         self.max_guidance_scale = max_guidance_scale
         self.decode_chunk_size = decode_chunk_size
+        self.forward_chunk_size = forward_chunk_size
+
+    @override
+    def load(self) -> DiffusionPipeline:
+        pipeline = super().load()
+        if self.forward_chunk_size is not None:
+            pipeline.unet.enable_forward_chunking(self.forward_chunk_size)
+        return pipeline
 
     @property
     @override

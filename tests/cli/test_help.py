@@ -30,6 +30,7 @@ SURFACE = {
         "weights": "pretrained",
         "variant": None,
         "scheduler_config": None,
+        "forward_chunk_size": None,
     },
     "data": {
         "images_dir": None,

@@ -3,6 +3,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from PIL import Image
 from torch.utils._pytree import tree_map
 
@@ -93,6 +94,24 @@ def test_a_batch_gives_what_single_samples_give(predictor, chunk):
     for one, prediction in zip(samples, together, strict=True):
         (single,) = module.predict_step([one])
         assert np.abs(pixels(single).astype(int) - pixels(prediction)).max() <= 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"stages": 2, "warm_up": 1}])
+def test_feed_forward_layers_take_a_few_frames_at_a_time(predictor, settings):
+    found, sizes = [], {}
+    for size in (None, 1):
+        module = predictor(forward_chunk_size=size)
+        taken = sizes[size] = set()
+        for layer in module.pipeline.unet.modules():
+            if isinstance(layer, FeedForward):
+                layer.register_forward_pre_hook(lambda _, args, taken=taken: taken.add(min(args[0].shape[:2])))
+        handle = parallelize(module.pipeline, simulate=True, **settings)
+        (prediction,) = module.predict_step([sample("a")])
+        handle.remove()
+        found.append(pixels(prediction).astype(int))
+    # frames come first in the layers of space, second in those of time
+    assert max(sizes[1]) == 1 < max(sizes[None])
+    assert np.abs(found[0] - found[1]).max() <= 1
 
 
 def test_a_single_video_is_the_pipelines_own(tiny):
@@ -186,6 +205,8 @@ def test_smaller_multiples_fail_in_the_denoiser(tiny, width, height):
     [
         ("num_frames", 0),
         ("decode_chunk_size", 0),
+        ("forward_chunk_size", 0),
+        ("forward_chunk_size", 4),
         ("fps", 0),
         ("noise_aug_strength", -0.1),
         ("num_inference_steps", 0),

@@ -84,6 +84,10 @@ def test_other_sizes():
     assert sized(FULL["svd"], None) is FULL["svd"]
     with pytest.raises(ValueError, match="--latents is 256; give ROWSxCOLUMNS"):
         sized(FULL["sdxl"], "256")
+    assert sized(FULL["svd"], None, forward_chunk=5).forward_chunk == 5
+    for name, chunk in (("svd", 4), ("svd", 0), ("animatediff", 4)):
+        with pytest.raises(ValueError, match=f"--forward-chunk is {chunk}; it divides the frames of svd"):
+            sized(FULL[name], None, forward_chunk=chunk)
 
 
 @pytest.mark.parametrize(
