@@ -22,8 +22,8 @@ import time
 from typing import Any
 
 from denoising_bench import Bench, measure_all, most, refuse
-from denoising_jobs import Job, parse, plan, short_run, sized
-from denoising_models import FULL, TINY, Denoising, Kind
+from denoising_jobs import Job, kind_of, parse, plan, short_run
+from denoising_models import Denoising, Kind
 from denoising_ranks import World
 from denoising_report import Row, Table, plot, read_rows
 from denoising_tensor_parallel import TensorParallel, tensor_mesh
@@ -39,13 +39,12 @@ MIB = 2**20
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments, __doc__)
     die_with_parent()
-    ranks, kinds = int(os.environ.get("WORLD_SIZE", "1")), TINY if options.tiny else FULL
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         jobs = plan(options, ranks)
         for name in options.models:
-            sized(kinds[name], options.latents, options.half_batch, options.forward_chunk)
-        for name in options.models if options.whole_pipeline is not None else ():
-            if not kinds[name].has_pipeline:
+            kind = kind_of(name, options)
+            if options.whole_pipeline is not None and not kind.has_pipeline:
                 raise ValueError(f"There is no whole pipeline of a tiny {name}; leave out --whole-pipeline.")
         table = Table(options.csv)
     except ValueError as error:
@@ -65,9 +64,7 @@ class LayoutBench(Bench):
 
     def kind(self, name: str) -> Kind:
         """A model in the size that is asked for."""
-        options = self.options
-        kind = (TINY if options.tiny else FULL)[name]
-        return sized(kind, options.latents, options.half_batch, options.forward_chunk)
+        return kind_of(name, self.options)
 
     def build(self, kind: Kind) -> Denoising:
         """Builds a model, and its pipeline if that is asked for."""

@@ -22,8 +22,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 from benchmark_denoising import LayoutBench
 from denoising_bench import refuse
-from denoising_jobs import Job, parse, plan, sized
-from denoising_models import FULL, TINY, Kind
+from denoising_jobs import Job, kind_of, parse, plan
+from denoising_models import Kind
 from denoising_ranks import World
 from denoising_report import COLUMNS, Row, Table
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  # makes the backend known
@@ -53,9 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ranks", type=int, default=4, help="ranks that there would be (4)")
     own.add_argument("--rank", type=int, help="this one alone (default: one after the other)")
-    own.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
     options = parse(arguments, __doc__, [own])
-    kinds = TINY if options.tiny else FULL
     try:
         if options.whole_pipeline is not None:
             raise ValueError("A rank alone has no whole pipeline to time; leave out --whole-pipeline.")
@@ -70,17 +68,17 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{odd[0]} is not for {options.ranks} ranks, or shares layers; take other --layouts or --ranks."
             )
         for name in options.models:
-            sized(kinds[name], options.latents, options.half_batch, options.forward_chunk)
+            kind_of(name, options)
         table = Table(options.csv, RANK_COLUMNS, SHOWN, lambda row, others: {})
     except ValueError as error:
         refuse(error, 0)
     if options.rank is None:
         for rank in range(options.ranks):
             command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)]
-            subprocess.run([*command, "--rank", str(rank), *["--first"] * (rank == 0)], check=True)
+            subprocess.run([*command, "--rank", str(rank)], check=True)
         return
     die_with_parent()
-    jobs = [job for job in jobs if job.ranks == options.ranks or options.first]
+    jobs = [job for job in jobs if job.ranks == options.ranks or options.rank == 0]
     world = Alone(options.device, options.ranks, options.rank)
     bench = OneRankBench(world, options)
     for name in options.models:
@@ -128,10 +126,13 @@ class OneRankBench(LayoutBench):
 
     world: Alone
 
+    def __init__(self, world: Alone, options: argparse.Namespace) -> None:
+        super().__init__(world, options)
+        self._about["machine"] = f"1 x {device_name(world.device)}"
+
     def describe(self, name: str, job: Job, kind: Kind) -> Row:
         """Model, layout, setting, and which rank it is."""
         about = {"rank": self.world.number if job.ranks > 1 else None, "ranks": self.world.size}
-        self._about["machine"] = f"1 x {device_name(self.world.device)}"
         return super().describe(name, job, kind) | about
 
 

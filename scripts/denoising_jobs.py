@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from benchmark import parse_layout
-from denoising_models import FULL, Kind
+from denoising_models import FULL, TINY, Kind
 
 from asyncdiff_pl.parallel import Layout
 from asyncdiff_pl.parallel.patches.settings import PatchSettings
@@ -244,6 +244,16 @@ def _mode_and_portion(text: str) -> tuple[Any, int, float]:
         return mode, 1, float(portion or 1)
     except ValueError:
         raise ValueError(f"--patch-mode {text} has a portion that is no number; give MODE:0.3, say.") from None
+
+
+def kind_of(name: str, options: argparse.Namespace) -> Kind:
+    """A model in the size that is asked for.
+
+    Raises:
+        ValueError: There is none.
+    """
+    kind = (TINY if options.tiny else FULL)[name]
+    return sized(kind, options.latents, options.half_batch, options.forward_chunk)
 
 
 def sized(kind: Kind, latents: str | None, is_half: bool = False, forward_chunk: int | None = None) -> Kind:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from training_report import VERDICT_COLUMNS, append_row, best_methods, read_rows, read_verdict, report
 from training_runs import RealDistance, draw, network_folder, own_share, start_processes
 
-from asyncdiff_pl.sampling.respaced import RespacedScheduler
+from asyncdiff_pl.sampling.respaced import RespacedScheduler, Variance
 
 ALWAYS = "uniform"
 """What the others are held against."""
@@ -25,7 +24,7 @@ def verdict(
     gpus: str = "1",
     pictures: int = 10_000,
     sample_steps: int = 100,
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
+    variance: Variance = "fixed_small",
     sample_batch: int = 500,
     features: str = "efficientnet-lite0",
     compile: bool = True,
