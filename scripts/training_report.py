@@ -144,7 +144,8 @@ def _plot(found: dict[str, dict[float, dict[str, float]]], title: str, path: Pat
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
+    # beside the lines, which leave no corner free
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
