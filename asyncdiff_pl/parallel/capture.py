@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,6 +28,10 @@ class CannotCapture(Exception):
 class Recording(Protocol):
     """What was recorded."""
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be replayed; otherwise it would write over what is in use, and is only to be dropped."""
+
     def replay(self) -> None:
         """Runs it again on the tensors that it was recorded with."""
 
@@ -36,6 +41,17 @@ class Recording(Protocol):
 
 class Recorder(Protocol):
     """Makes recordings that share their memory, so that one runs at a time."""
+
+    def rehearse(self, run: Callable[[], Result], copy: Callable[[Result], Result]) -> Result:
+        """Runs what will be recorded, in the memory of the recordings that there are.
+
+        Args:
+            run: Launches on the current stream; what it leaves behind it takes `lasting` memory for.
+            copy: Copies what `run` returned.
+
+        Returns:
+            The copy of what `run` returned.
+        """
 
     def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
         """Records what `run` launches. It has run before: what it needs once is there.
@@ -60,6 +76,36 @@ class CudaRecorder:
         self._stream = _recording_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._num_alive = 0
+        self._shares = True
+        self.generation = object()
+        """Another one once earlier recordings must not be replayed any more."""
+
+    def rehearse(self, run: Callable[[], Result], copy: Callable[[Result], Result]) -> Result:
+        """Runs what will be recorded, in the memory of the recordings that there are: none of them runs meanwhile.
+
+        In memory of its own each kind of step would take, the first time, as much as all recordings together.
+
+        Args:
+            run: Launches on the current stream, and waits for all messages that it posts; what it leaves behind it
+                takes `lasting` memory for. If it does not, the recordings before it are not sound any more.
+            copy: Copies what `run` returned.
+
+        Returns:
+            The copy of what `run` returned; from the first call, what it returned itself.
+        """
+        if not self._num_alive or not self._shares:
+            # libraries take what they keep from elsewhere
+            return run()
+        taken = self._taken()
+        with torch.cuda.device(self.device), _RecordingMemory(self._pool, self._stream):
+            result = run()
+        found = copy(result)
+        del result
+        if self._taken() > taken:
+            # a replay of what was recorded there would write over it
+            self._shares, self.generation = False, object()
+            self._pool = torch.cuda.graph_pool_handle()
+        return found
 
     def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
         """Records what `run` launches; nothing of it runs now.
@@ -85,6 +131,12 @@ class CudaRecorder:
                 raise CannotCapture(f"a step could not be recorded ({_first_error(error)})") from error
         self._num_alive += 1
         return _CudaRecording(graph, self), result
+
+    def _taken(self) -> int:
+        """Bytes of recordings' memory that tensors have."""
+        torch.cuda.synchronize(self.device)
+        segments = torch.cuda.memory_snapshot()
+        return sum(each["allocated_size"] for each in segments if tuple(each["segment_pool_id"]) == self._pool)
 
     def forget(self) -> None:
         """Counts one recording less."""
@@ -123,10 +175,73 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
+class _RecordingMemory:
+    """A context in which all memory that this thread takes is that of recordings, on their stream."""
+
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._pool, self._stream = pool, stream
+        self._before = torch.cuda.current_stream(stream.device)
+
+    def __enter__(self) -> None:
+        self._stream.wait_stream(self._before)
+        self._entered = _memory.set(self)
+        self._begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        _memory.reset(self._entered)
+        self._before.wait_stream(self._stream)
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[None]:
+        """Within this context memory is taken as it was before."""
+        self._end()
+        try:
+            yield
+        finally:
+            self._begin()
+
+    def _begin(self) -> None:
+        # as torch.cuda.use_mem_pool does, for a pool that graphs have
+        torch.cuda.set_stream(self._stream)
+        torch._C._cuda_beginAllocateCurrentThreadToPool(self._stream.device_index, self._pool)
+
+    def _end(self) -> None:
+        torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+        torch._C._cuda_releasePool(self._stream.device_index, self._pool)
+        torch.cuda.set_stream(self._before)
+
+
+_memory: ContextVar[_RecordingMemory | None] = ContextVar("memory", default=None)
+
+
+def is_rehearsing() -> bool:
+    """Whether this thread runs a step in the memory of recordings."""
+    return _memory.get() is not None
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """A context for memory that a step takes for what it leaves behind: what others do not write over.
+
+    Tensors that it makes hold nothing yet: outside of a step's stream nothing is to be computed.
+    """
+    memory = _memory.get()
+    with contextlib.nullcontext() if memory is None else memory.left(), torch.inference_mode(False):
+        # tensors made in inference mode could not be written outside of it
+        yield
+
+
 class _CudaRecording:
     def __init__(self, graph: torch.cuda.CUDAGraph, recorder: CudaRecorder) -> None:
         self._graph = graph
         self._recorder = recorder
+        self._generation = recorder.generation
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no tensor that is in use lies where it writes."""
+        return self._generation is self._recorder.generation
 
     def replay(self) -> None:
         """Launches the graph on the current stream."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from asyncdiff_pl.parallel.capture import is_rehearsing
 from asyncdiff_pl.parallel.layout import Groups
 from asyncdiff_pl.parallel.watch import Watch
 
@@ -263,8 +264,9 @@ class Exchange:
     def _watched(self, work: dist.Work, text: str) -> Pending:
         if self._watch is None:
             return Pending(work, text, self.timeout)
-        # one that is being recorded does not run, and must not be asked
-        if not torch.cuda.is_current_stream_capturing():
+        # one that is being recorded does not run, and must not be asked; of a rehearsal it would hold the memory, and
+        # that is watched as a whole, as replays are
+        if not torch.cuda.is_current_stream_capturing() and not is_rehearsing():
             self._watch.add(work, text)
         # with a timeout of its own NCCL would make the CPU wait
         return Pending(work, text, None)

@@ -158,7 +158,7 @@ class Phases:
         conditions = (arguments, network, _modes(self._device))
         alike = self._recorded.setdefault(phase, {})
         recorded = alike.pop(conditions, None)
-        if recorded is not None and recorded.held == held():
+        if recorded is not None and recorded.recording.is_sound and recorded.held == held():
             # the newest last
             alike[conditions] = recorded
             recorded.inputs.load(given)
@@ -173,7 +173,7 @@ class Phases:
         while len(alike) >= MAX_ALIKE:
             alike.pop(next(iter(alike))).recording.drop()
         inputs = StaticInputs(given, self._device)
-        made = self._compute(body, inputs)
+        made = self._recorder.rehearse(lambda: self._compute(body, inputs), Made.copy)
         try:
             recording, kept = self._recorder.record(lambda: self._compute(body, inputs))
             alike[conditions] = _Recorded(recording, inputs, kept, held())

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 from denoisers import NAMES, Sampler, build, ddim
 
 from asyncdiff_pl.parallel import WarmUp, parallelize
-from asyncdiff_pl.parallel.capture import CannotCapture, StaticInputs, recorder_for
+from asyncdiff_pl.parallel.capture import CannotCapture, StaticInputs, lasting, recorder_for
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -227,6 +227,64 @@ def test_recordings_share_their_memory():
     assert torch.cuda.memory_reserved() < once + 2**25
     for recording, _ in recordings:
         recording.drop()
+
+
+def recorded_sum(given):
+    """A recorder with the recording of a large step in its memory."""
+    recorder = recorder_for(GPU, None)
+
+    def large():
+        return ((given + 1) * 2 + 3).sum()
+
+    expected = recorder.rehearse(large, torch.clone)
+    recording, found = recorder.record(large)
+    return recorder, recording, large, expected, found
+
+
+def test_a_rehearsal_takes_no_memory_of_its_own():
+    recorder, recording, large, expected, found = recorded_sum(torch.ones(2**26, device=GPU))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    again = recorder.rehearse(large, torch.clone)
+    assert torch.cuda.max_memory_reserved() < before + 2**25
+    assert recording.is_sound
+    recording.replay()
+    assert again.item() == expected.item() == found.item()
+    recording.drop()
+
+
+def test_what_lasts_is_not_written_over():
+    given = torch.ones(2**22, device=GPU)
+    recorder, recording, _, expected, found = recorded_sum(given)
+
+    def keeps():
+        with lasting():
+            place = torch.empty_like(given)
+        return place.copy_(given + 4)
+
+    kept = []
+    recorder.rehearse(lambda: kept.append(keeps()), lambda nothing: nothing)
+    assert recording.is_sound
+    recording.replay()
+    assert found.item() == expected.item()
+    assert kept[0].eq(5).all()
+    recording.drop()
+
+
+def test_recordings_that_would_write_over_what_is_in_use_are_not_sound():
+    given = torch.ones(2**22, device=GPU)
+    recorder, recording, large, expected, _ = recorded_sum(given)
+    kept = []
+    recorder.rehearse(lambda: kept.append(given + 4), lambda nothing: nothing)
+    assert not recording.is_sound
+    recording.drop()
+    new, found = recorder.record(large)
+    assert new.is_sound
+    new.replay()
+    assert found.item() == expected.item()
+    assert kept[0].eq(5).all()
+    new.drop()
 
 
 def test_why_something_could_not_be_recorded():

@@ -1,7 +1,8 @@
 """Recordings without a GPU: operations are written down with the very tensors that they read and wrote, and run again.
 
 Like a CUDA graph, a replay runs no Python of the network: numbers, branches and addresses are as they were recorded.
-Like a capture, recording changes no tensor that was there before.
+Like a capture, recording changes no tensor that was there before. And what a rehearsal leaves in recordings' memory is
+written over, as replays would.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from asyncdiff_pl.parallel import recordings
+from asyncdiff_pl.parallel import capture, recordings
 from asyncdiff_pl.parallel.capture import CannotCapture, recorder_for
 from asyncdiff_pl.parallel.stages.absent import Absent
 
@@ -31,7 +32,23 @@ class FakeRecorder:
 
     def __init__(self) -> None:
         self.replays = 0
+        self.rehearsals = 0
         self.alive = 0
+
+    def rehearse(self, run: Callable[[], Any], copy: Callable[[Any], Any]) -> Any:
+        if not self.alive:
+            return run()
+        self.rehearsals += 1
+        scratch = _Scratch()
+        entered = capture._memory.set(scratch)
+        try:
+            with scratch:
+                found = run()
+        finally:
+            capture._memory.reset(entered)
+        found = copy(found)
+        scratch.write_over()
+        return found
 
     def record(self, run: Callable[[], Any]) -> tuple["FakeRecording", Any]:
         writer = _Writer()
@@ -45,6 +62,8 @@ class FakeRecorder:
 
 
 class FakeRecording:
+    is_sound = True
+
     def __init__(self, recorder: FakeRecorder, operations: list[tuple]) -> None:
         self.recorder = recorder
         self.operations = operations
@@ -75,6 +94,42 @@ class FakeRecording:
         assert self.operations, "a recording was dropped twice"
         self.operations = []
         self.recorder.alive -= 1
+
+
+class _Scratch(TorchDispatchMode):
+    """Notes what is made, but for what is to last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, torch.Tensor] = {}
+        self.is_left = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
+            return NotImplemented
+        output = function(*args, **(kwargs or {}))
+        if not self.is_left:
+            given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+            self.made |= {
+                _storage(leaf): leaf
+                for leaf in tree_leaves(output)
+                if _is_tensor(leaf) and leaf.device.type == "cpu" and _storage(leaf) not in given
+            }
+        return output
+
+    @contextlib.contextmanager
+    def left(self):
+        self.is_left = True
+        try:
+            yield
+        finally:
+            self.is_left = False
+
+    def write_over(self) -> None:
+        with torch.inference_mode():
+            for tensor in self.made.values():
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                whole.fill_(0xFF)
 
 
 class _Writer(TorchDispatchMode):

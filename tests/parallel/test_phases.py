@@ -30,6 +30,12 @@ LAYOUTS = [
     {"stages": 2, "warm_up": WarmUp(until_drift=0.35)},
 ]
 
+PATCHES = [
+    {"patches": 2, "mode": "full_sync"},
+    {"patches": 2, "mode": "corrected_async_gn", "portion": 0.3, "warm_up": 2},
+    {"patches": 2, "cfg": 2, "mode": "stale_gn", "warm_up": 1},
+]
+
 
 def both(play, pipe, scheduler=None, **settings):
     """What `play(handle)` gives without recordings and with them, and the recorder."""
@@ -52,7 +58,8 @@ def same(found, expected):
 
 def check_samples(name, settings, samples=2):
     denoiser, scheduler = build(name), ddim()
-    samplers = [Sampler(name, seed=seed) for seed in range(samples)]
+    size = {"size": 16} if "patches" in settings else {}
+    samplers = [Sampler(name, seed=seed, **size) for seed in range(samples)]
 
     def play(handle):
         return [sampler(denoiser, scheduler, STEPS) for sampler in samplers]
@@ -70,10 +77,12 @@ def test_replays_give_the_same_bits(name):
     assert recorder.replays == 2 * STEPS - 5
 
 
-@pytest.mark.parametrize("settings", LAYOUTS)
+@pytest.mark.parametrize("settings", LAYOUTS + PATCHES)
 def test_all_layouts(settings):
     recorder = check_samples("sd21", settings)
     assert recorder.recorded <= 6
+    # all kinds of steps but the first are met in the memory of recordings, and written over there
+    assert recorder.rehearsals == recorder.recorded - 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from asyncdiff_pl.parallel.capture import lasting
 from asyncdiff_pl.parallel.exchange import Exchange, Pending
 
 Parcels = list[dict[int, torch.Tensor]]
@@ -304,8 +305,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    # inference tensors could not be written outside of inference mode
-    with torch.inference_mode(False):
+    with lasting():
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 

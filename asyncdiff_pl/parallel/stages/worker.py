@@ -6,6 +6,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 
+from asyncdiff_pl.parallel.capture import lasting
 from asyncdiff_pl.parallel.exchange import Message, Pending
 from asyncdiff_pl.parallel.stages.boundary import Boundary
 
@@ -116,8 +117,7 @@ class Worker:
         self.held = object()
 
     def _allocate(self, value: int, like: torch.Tensor, device: torch.device) -> None:
-        # inference tensors could not be written by the threads that receive
-        with torch.inference_mode(False):
+        with lasting():
             self._current[value] = torch.empty(like.shape, dtype=like.dtype, device=device)
             self._next[value] = torch.empty_like(self._current[value])
         self.held = object()
