@@ -42,7 +42,7 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Makes recordings that share their memory, so that one runs at a time."""
 
-    def rehearse(self, run: Callable[[], Result], copy: Callable[[Result], Result]) -> Result:
+    def rehearse(self, run: Callable[[], Result], copy: Callable[[Result], Result]) -> tuple[Result, bool]:
         """Runs what will be recorded, in the memory of the recordings that there are.
 
         Args:
@@ -50,8 +50,12 @@ class Recorder(Protocol):
             copy: Copies what `run` returned.
 
         Returns:
-            The copy of what `run` returned.
+            The copy of what `run` returned, and whether nothing of that memory is in use. If something is,
+            `begin_anew` must be called, on all ranks.
         """
+
+    def begin_anew(self) -> None:
+        """Makes all recordings so far unsound, and rehearses in memory of its own from now on."""
 
     def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
         """Records what `run` launches. It has run before: what it needs once is there.
@@ -80,32 +84,34 @@ class CudaRecorder:
         self.generation = object()
         """Another one once earlier recordings must not be replayed any more."""
 
-    def rehearse(self, run: Callable[[], Result], copy: Callable[[Result], Result]) -> Result:
+    def rehearse(self, run: Callable[[], Result], copy: Callable[[Result], Result]) -> tuple[Result, bool]:
         """Runs what will be recorded, in the memory of the recordings that there are: none of them runs meanwhile.
 
         In memory of its own each kind of step would take, the first time, as much as all recordings together.
 
         Args:
             run: Launches on the current stream, and waits for all messages that it posts; what it leaves behind it
-                takes `lasting` memory for. If it does not, the recordings before it are not sound any more.
+                takes `lasting` memory for.
             copy: Copies what `run` returned.
 
         Returns:
-            The copy of what `run` returned; from the first call, what it returned itself.
+            The copy of what `run` returned, and whether nothing of that memory is in use: a replay would write over
+            it. What the first call gives is no copy.
         """
         if not self._num_alive or not self._shares:
             # libraries take what they keep from elsewhere
-            return run()
+            return run(), True
         taken = self._taken()
         with torch.cuda.device(self.device), _RecordingMemory(self._pool, self._stream):
             result = run()
         found = copy(result)
         del result
-        if self._taken() > taken:
-            # a replay of what was recorded there would write over it
-            self._shares, self.generation = False, object()
-            self._pool = torch.cuda.graph_pool_handle()
-        return found
+        return found, self._taken() <= taken
+
+    def begin_anew(self) -> None:
+        """Makes all recordings so far unsound, and rehearses in memory of its own from now on."""
+        self._shares, self.generation = False, object()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], Result]) -> tuple[Recording, Result]:
         """Records what `run` launches; nothing of it runs now.

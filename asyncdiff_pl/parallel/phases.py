@@ -173,7 +173,9 @@ class Phases:
         while len(alike) >= MAX_ALIKE:
             alike.pop(next(iter(alike))).recording.drop()
         inputs = StaticInputs(given, self._device)
-        made = self._recorder.rehearse(lambda: self._compute(body, inputs), Made.copy)
+        made, is_clean = self._recorder.rehearse(lambda: self._compute(body, inputs), Made.copy)
+        if not self._agree(is_clean):
+            self._recorder.begin_anew()
         try:
             recording, kept = self._recorder.record(lambda: self._compute(body, inputs))
             alike[conditions] = _Recorded(recording, inputs, kept, held())

@@ -236,7 +236,7 @@ def recorded_sum(given):
     def large():
         return ((given + 1) * 2 + 3).sum()
 
-    expected = recorder.rehearse(large, torch.clone)
+    expected, _ = recorder.rehearse(large, torch.clone)
     recording, found = recorder.record(large)
     return recorder, recording, large, expected, found
 
@@ -246,9 +246,9 @@ def test_a_rehearsal_takes_no_memory_of_its_own():
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
-    again = recorder.rehearse(large, torch.clone)
+    again, is_clean = recorder.rehearse(large, torch.clone)
     assert torch.cuda.max_memory_reserved() < before + 2**25
-    assert recording.is_sound
+    assert is_clean
     recording.replay()
     assert again.item() == expected.item() == found.item()
     recording.drop()
@@ -264,8 +264,8 @@ def test_what_lasts_is_not_written_over():
         return place.copy_(given + 4)
 
     kept = []
-    recorder.rehearse(lambda: kept.append(keeps()), lambda nothing: nothing)
-    assert recording.is_sound
+    _, is_clean = recorder.rehearse(lambda: kept.append(keeps()), lambda nothing: nothing)
+    assert is_clean
     recording.replay()
     assert found.item() == expected.item()
     assert kept[0].eq(5).all()
@@ -276,7 +276,9 @@ def test_recordings_that_would_write_over_what_is_in_use_are_not_sound():
     given = torch.ones(2**22, device=GPU)
     recorder, recording, large, expected, _ = recorded_sum(given)
     kept = []
-    recorder.rehearse(lambda: kept.append(given + 4), lambda nothing: nothing)
+    _, is_clean = recorder.rehearse(lambda: kept.append(given + 4), lambda nothing: nothing)
+    assert not is_clean
+    recorder.begin_anew()
     assert not recording.is_sound
     recording.drop()
     new, found = recorder.record(large)

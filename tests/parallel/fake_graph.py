@@ -34,10 +34,13 @@ class FakeRecorder:
         self.replays = 0
         self.rehearsals = 0
         self.alive = 0
+        self.generation = 0
+        self.unclean = 0
+        """After which rehearsal something is found in recordings' memory; 0 for none."""
 
-    def rehearse(self, run: Callable[[], Any], copy: Callable[[Any], Any]) -> Any:
+    def rehearse(self, run: Callable[[], Any], copy: Callable[[Any], Any]) -> tuple[Any, bool]:
         if not self.alive:
-            return run()
+            return run(), True
         self.rehearsals += 1
         scratch = _Scratch()
         entered = capture._memory.set(scratch)
@@ -48,7 +51,11 @@ class FakeRecorder:
             capture._memory.reset(entered)
         found = copy(found)
         scratch.write_over()
-        return found
+        is_clean = self.rehearsals != self.unclean
+        return found, is_clean
+
+    def begin_anew(self) -> None:
+        self.generation += 1
 
     def record(self, run: Callable[[], Any]) -> tuple["FakeRecording", Any]:
         writer = _Writer()
@@ -62,13 +69,17 @@ class FakeRecorder:
 
 
 class FakeRecording:
-    is_sound = True
-
     def __init__(self, recorder: FakeRecorder, operations: list[tuple]) -> None:
         self.recorder = recorder
+        self.generation = recorder.generation
         self.operations = operations
 
+    @property
+    def is_sound(self) -> bool:
+        return self.generation == self.recorder.generation
+
     def replay(self) -> None:
+        assert self.is_sound, "a recording was replayed that writes over what is in use"
         assert self.operations, "a recording was replayed that had been dropped"
         self.recorder.replays += 1
         sends = []

@@ -85,6 +85,27 @@ def test_all_layouts(settings):
     assert recorder.rehearsals == recorder.recorded - 1
 
 
+def test_recordings_that_would_write_over_what_is_in_use_are_made_again():
+    denoiser, scheduler = build("sd21"), ddim()
+    samplers = [Sampler("sd21", seed=seed) for seed in range(3)]
+    settings = {"stages": 2, "warm_up": 2, "simulate": True, "scheduler": scheduler}
+    handle = parallelize(denoiser, **settings)
+    expected = [sampler(denoiser, scheduler, STEPS) for sampler in samplers]
+    handle.remove()
+    found, counts = [], []
+    with captured(FakeRecorder()) as recorder:
+        recorder.unclean = 2
+        handle = parallelize(denoiser, capture=True, **settings)
+        for sampler in samplers:
+            found.append(sampler(denoiser, scheduler, STEPS))
+            counts.append(handle.num_graphs)
+        handle.remove()
+    assert same(found, expected)
+    # two kinds of steps were recorded before the one that left something behind
+    assert counts == [5, 7, 7]
+    assert recorder.alive == 0
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "graphs"),
     [
