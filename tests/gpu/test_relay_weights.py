@@ -1,5 +1,6 @@
 """Relay on GPUs: what a rank's GPU holds, and what ranks compute over NCCL."""
 
+import gc
 import os
 import socket
 import sys
@@ -27,6 +28,8 @@ BLOCK = 512
 
 def test_weights_of_other_stages_never_get_there():
     denoiser, fresh = build("sd21"), build("sd21")
+    # what other tests left would be freed in between
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
