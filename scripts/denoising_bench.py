@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import diffusers
 import torch
+import torch.distributed as dist
 from denoising_jobs import Job
 from denoising_models import Denoising, Kind
 from denoising_ranks import Clock, RankFailed, World
@@ -183,5 +184,5 @@ def refuse(error: ValueError, rank: int) -> NoReturn:
 
 
 def _command(script: str, ranks: int) -> str:
-    start = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
+    start = f"torchrun --nproc_per_node {ranks}" if dist.is_torchelastic_launched() else "python"
     return f"{start} scripts/{script} {shlex.join(sys.argv[1:])}"

@@ -31,6 +31,8 @@ def test_a_rank_alone_does_what_it_does_among_others(tmp_path, capsys, number):
     for row in found:
         assert (row["rank"], row["ranks"], row["gpus"], row["failure"]) == (number, 2, 2, None)
         assert row["loop_s"] > 0
+        # a process without torchrun
+        assert str(row["command"]).startswith("python scripts/benchmark_one_rank.py")
         assert row["exact_steps"] == {"p2": 6, "steps2": 4}.get(row["layout"], 3)
     assert f"| tiny sd21 | {number} | 2, relay | 2 |" in capsys.readouterr().out
     # bytes are those of all ranks, whoever tells of them
