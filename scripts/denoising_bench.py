@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import diffusers
 import torch
-import torch.distributed as dist
 from denoising_jobs import Job
 from denoising_models import Denoising, Kind
 from denoising_ranks import Clock, RankFailed, World
@@ -45,7 +44,7 @@ class Bench(ABC):
             "machine": f"{world.size} x {device_name(world.device)}",
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
-            "command": _command(Path(inspect.getfile(type(self))).name, world.size),
+            "command": _command(Path(inspect.getfile(type(self))).name, world.num_processes),
         }
 
     @abstractmethod
@@ -183,6 +182,6 @@ def refuse(error: ValueError, rank: int) -> NoReturn:
     sys.exit(f"error: {error}")
 
 
-def _command(script: str, ranks: int) -> str:
-    start = f"torchrun --nproc_per_node {ranks}" if dist.is_torchelastic_launched() else "python"
+def _command(script: str, num_processes: int) -> str:
+    start = f"torchrun --nproc_per_node {num_processes}" if num_processes > 1 else "python"
     return f"{start} scripts/{script} {shlex.join(sys.argv[1:])}"

@@ -33,6 +33,8 @@ class World:
 
     def __init__(self, device: str, size: int) -> None:
         self.size, self.rank = size, int(os.environ.get("RANK", "0"))
+        self.num_processes = size
+        """How many were started."""
         self.device = torch.device(device)
         if device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
