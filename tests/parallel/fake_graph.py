@@ -14,7 +14,7 @@ import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves
+from trees import leaves, mapped
 
 from asyncdiff_pl.parallel import capture, recordings
 from asyncdiff_pl.parallel.capture import CannotCapture, recorder_for
@@ -86,7 +86,7 @@ class FakeRecording:
         for function, args, kwargs, output, fresh in self.operations:
             found = function(*args, **kwargs)
             if function.namespace == "c10d":
-                works = [leaf for leaf in tree_leaves(found) if hasattr(leaf, "wait") and not _is_tensor(leaf)]
+                works = [leaf for leaf in leaves(found) if hasattr(leaf, "wait") and not _is_tensor(leaf)]
                 if str(function) in SENDS:
                     sends += works
                 else:
@@ -95,7 +95,7 @@ class FakeRecording:
             if function is torch.ops._c10d_functional.all_reduce.default:
                 torch.ops._c10d_functional.wait_tensor(found)
             if fresh:
-                for kept, new in zip(tree_leaves(output), tree_leaves(found), strict=True):
+                for kept, new in zip(leaves(output), leaves(found), strict=True):
                     if _is_tensor(kept):
                         kept.copy_(new)
         for work in sends:
@@ -120,10 +120,10 @@ class _Scratch(TorchDispatchMode):
             return NotImplemented
         output = function(*args, **(kwargs or {}))
         if not self.is_left:
-            given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+            given = {_storage(leaf) for leaf in leaves((args, kwargs)) if _is_tensor(leaf)}
             self.made |= {
                 _storage(leaf): leaf
-                for leaf in tree_leaves(output)
+                for leaf in leaves(output)
                 if _is_tensor(leaf) and leaf.device.type == "cpu" and _storage(leaf) not in given
             }
         return output
@@ -157,7 +157,7 @@ class _Writer(TorchDispatchMode):
             return NotImplemented
         if str(function) in FORBIDDEN:
             raise CannotCapture(f"{function} makes the CPU wait")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(isinstance(tensor, Absent) for tensor in given):
             return function(*args, **kwargs)
         mutates = function._schema.is_mutable or function.namespace == "c10d"
@@ -169,11 +169,12 @@ class _Writer(TorchDispatchMode):
             self._adopt(output)
             return output
         storages = {_storage(tensor) for tensor in given}
-        fresh = any(_is_tensor(leaf) and _storage(leaf) not in storages for leaf in tree_leaves(output))
+        fresh = any(_is_tensor(leaf) and _storage(leaf) not in storages for leaf in leaves(output))
         if mutates or fresh:
-            containers = tree_flatten((args, kwargs))
-            args, kwargs = torch.utils._pytree.tree_unflatten(*containers)
-            self.operations.append((function, args, kwargs, output, fresh and not mutates))
+            # lists are the caller's, who may go on with them
+            self.operations.append(
+                (function, mapped(_same, args), mapped(_same, kwargs), output, fresh and not mutates)
+            )
         if fresh:
             self._adopt(output)
         return output
@@ -191,7 +192,11 @@ class _Writer(TorchDispatchMode):
 
     def _adopt(self, output: Any) -> None:
         # held, so that no other tensor gets the same place
-        self.own |= {_storage(leaf): leaf for leaf in tree_leaves(output) if _is_tensor(leaf)}
+        self.own |= {_storage(leaf): leaf for leaf in leaves(output) if _is_tensor(leaf)}
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
 
 
 def _is_tensor(leaf: Any) -> bool:

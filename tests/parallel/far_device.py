@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from trees import leaves, mapped
 
 FAR = torch.device("meta")
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ class Far(torch.Tensor):
 
 def near(value):
     """What the device computed, to look at."""
-    return tree_map(lambda leaf: leaf.near if isinstance(leaf, Far) else leaf, value)
+    return mapped(lambda leaf: leaf.near if isinstance(leaf, Far) else leaf, value)
 
 
 class _Numbers(TorchFunctionMode):
@@ -116,14 +116,14 @@ class FarDevice(TorchDispatchMode):
                     if buffer is not None:
                         module._buffers[name] = Far(buffer)
             return value
-        return tree_map(lambda leaf: Far(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
+        return mapped(lambda leaf: Far(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if any(type(leaf) not in (torch.Tensor, torch.nn.Parameter, Far) for leaf in leaves):
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(type(leaf) not in (torch.Tensor, torch.nn.Parameter, Far) for leaf in tensors):
             return NotImplemented
-        is_far = any(isinstance(leaf, Far) for leaf in leaves)
+        is_far = any(isinstance(leaf, Far) for leaf in tensors)
         if function is aten._pin_memory.default:
             pinned = args[0].clone()
             self._pinned.add(pinned.data_ptr())
@@ -142,18 +142,18 @@ class FarDevice(TorchDispatchMode):
             for index in args[1]:
                 if index is not None and (index.dtype == torch.bool or not isinstance(index, Far)):
                     self.wait(function)
-        elif any(not isinstance(leaf, Far) and leaf.ndim for leaf in leaves):
+        elif any(not isinstance(leaf, Far) and leaf.ndim for leaf in tensors):
             raise RuntimeError(f"{function} of tensors on two devices")
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         result = function(*near(args), **near(kwargs))
-        return tree_map(lambda leaf: self._wrapped(leaf, args), result)
+        return mapped(lambda leaf: self._wrapped(leaf, args), result)
 
     def _wrapped(self, leaf, args):
         if not isinstance(leaf, torch.Tensor):
             return leaf
         # in place: the same tensor comes back
-        same = (x for x in tree_leaves(args) if isinstance(x, Far) and x.near is leaf)
+        same = (x for x in leaves(args) if isinstance(x, Far) and x.near is leaf)
         found = next(same, None)
         return Far(leaf) if found is None else found
 
