@@ -1,8 +1,8 @@
 """CUDA graphs of calls without gradients: thousands of kernels in one launch.
 
 A graph holds kernels with the addresses of their tensors. So what changes from call to call is copied into tensors that
-stay (`StaticInputs`), results are read where the recording left them, and all else is as it was when it was recorded:
-what that is for the arguments tells `frozen`, for the network `fingerprint.py`.
+stay, results are read where the recording left them, and all else is as it was when it was recorded: for the arguments
+see `recorded_inputs.py`, for the network `fingerprint.py`.
 
 Source: CUDA graphs in PyTorch's notes on CUDA semantics.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from asyncdiff_pl.parallel.recording_memory import RecordingMemory
 
 Result = TypeVar("Result")
 
@@ -102,7 +102,7 @@ class CudaRecorder:
             # libraries take what they keep from elsewhere
             return run(), True
         taken = self._taken()
-        with torch.cuda.device(self.device), _RecordingMemory(self._pool, self._stream):
+        with torch.cuda.device(self.device), RecordingMemory(self._pool, self._stream):
             result = run()
         found = copy(result)
         del result
@@ -181,63 +181,6 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
-class _RecordingMemory:
-    """A context in which all memory that this thread takes is that of recordings, on their stream."""
-
-    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        self._pool, self._stream = pool, stream
-        self._before = torch.cuda.current_stream(stream.device)
-
-    def __enter__(self) -> None:
-        self._stream.wait_stream(self._before)
-        self._entered = _memory.set(self)
-        self._begin()
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-        _memory.reset(self._entered)
-        self._before.wait_stream(self._stream)
-
-    @contextlib.contextmanager
-    def left(self) -> Iterator[None]:
-        """Within this context memory is taken as it was before."""
-        self._end()
-        try:
-            yield
-        finally:
-            self._begin()
-
-    def _begin(self) -> None:
-        # as torch.cuda.use_mem_pool does, for a pool that graphs have
-        torch.cuda.set_stream(self._stream)
-        torch._C._cuda_beginAllocateCurrentThreadToPool(self._stream.device_index, self._pool)
-
-    def _end(self) -> None:
-        torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
-        torch._C._cuda_releasePool(self._stream.device_index, self._pool)
-        torch.cuda.set_stream(self._before)
-
-
-_memory: ContextVar[_RecordingMemory | None] = ContextVar("memory", default=None)
-
-
-def is_rehearsing() -> bool:
-    """Whether this thread runs a step in the memory of recordings."""
-    return _memory.get() is not None
-
-
-@contextlib.contextmanager
-def lasting() -> Iterator[None]:
-    """A context for memory that a step takes for what it leaves behind: what others do not write over.
-
-    Tensors that it makes hold nothing yet: outside of a step's stream nothing is to be computed.
-    """
-    memory = _memory.get()
-    with contextlib.nullcontext() if memory is None else memory.left(), torch.inference_mode(False):
-        # tensors made in inference mode could not be written outside of it
-        yield
-
-
 class _CudaRecording:
     def __init__(self, graph: torch.cuda.CUDAGraph, recorder: CudaRecorder) -> None:
         self._graph = graph
@@ -291,49 +234,6 @@ def recorder_for(device: torch.device, backend: str | None) -> Recorder:
     return CudaRecorder(device)
 
 
-class StaticInputs:
-    """Tensors that a recording reads: they stay where they are, and each call's are copied into them.
-
-    Args:
-        given: Arguments of a call, nested in any way.
-        device: Where all tensors are to be; small ones may be given on the CPU.
-    """
-
-    def __init__(self, given: Any, device: torch.device) -> None:
-        leaves, self._spec = tree_flatten(given)
-        # tensors made in inference mode could not be written outside it
-        with torch.inference_mode(False):
-            self._leaves = [
-                torch.empty_like(leaf, device=device, requires_grad=False) if isinstance(leaf, torch.Tensor) else leaf
-                for leaf in leaves
-            ]
-        self.load(given)
-
-    @property
-    def given(self) -> Any:
-        """The arguments with these tensors; each time in containers of their own, since some networks take out."""
-        return tree_unflatten(self._leaves, self._spec)
-
-    def load(self, given: Any) -> None:
-        """Copies in another call's tensors, without waiting for the GPU.
-
-        Args:
-            given: Arguments of which `frozen` gives the same.
-        """
-        pairs = [
-            (to, leaf)
-            for to, leaf in zip(self._leaves, tree_leaves(given), strict=True)
-            if isinstance(leaf, torch.Tensor)
-        ]
-        here = [pair for pair in pairs if pair[1].device == pair[0].device]
-        if here:
-            torch._foreach_copy_([to for to, _ in here], [leaf for _, leaf in here])
-        for to, leaf in pairs:
-            if leaf.device != to.device:
-                # from pinned memory the CPU need not wait, and torch reuses it only when the copy is done
-                to.copy_(leaf.pin_memory(), non_blocking=True)
-
-
 def without_cast_cache(device: torch.device) -> torch.autocast:
     """A context of the same precision that casts weights anew in each replay: a cache's would stay as they were.
 
@@ -344,25 +244,6 @@ def without_cast_cache(device: torch.device) -> torch.autocast:
     return torch.autocast(
         kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
     )
-
-
-def frozen(given: Any) -> Hashable:
-    """What a replay would keep of a call's arguments: all but the tensors' values.
-
-    Raises:
-        CannotCapture: An argument cannot be compared.
-    """
-    leaves, spec = tree_flatten(given)
-    found = tuple(
-        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf)
-        for leaf in leaves
-    )
-    try:
-        hash(found)
-    except TypeError:
-        kinds = sorted({type(leaf).__name__ for leaf in leaves if type(leaf).__hash__ is None})
-        raise CannotCapture(f"the denoiser is given a {' and a '.join(kinds)}, which a graph would freeze") from None
-    return found, spec
 
 
 def _first_error(error: BaseException) -> str:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from asyncdiff_pl.parallel.capture import is_rehearsing
 from asyncdiff_pl.parallel.layout import Groups
+from asyncdiff_pl.parallel.recording_memory import is_rehearsing
 from asyncdiff_pl.parallel.watch import Watch
 
 

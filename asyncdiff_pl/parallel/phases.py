@@ -21,14 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from asyncdiff_pl.parallel.arguments import Arguments, Inputs
-from asyncdiff_pl.parallel.capture import (
-    CannotCapture,
-    Recorder,
-    Recording,
-    StaticInputs,
-    frozen,
-    without_cast_cache,
-)
+from asyncdiff_pl.parallel.capture import CannotCapture, Recorder, Recording, without_cast_cache
+from asyncdiff_pl.parallel.recorded_inputs import StaticInputs, frozen
 
 _ELSEWHERE = "another rank of the pipeline cannot"
 

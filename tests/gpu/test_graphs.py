@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 from denoisers import NAMES, Sampler, build, ddim
 
 from asyncdiff_pl.parallel import WarmUp, parallelize
-from asyncdiff_pl.parallel.capture import CannotCapture, StaticInputs, lasting, recorder_for
+from asyncdiff_pl.parallel.capture import CannotCapture, recorder_for
+from asyncdiff_pl.parallel.recorded_inputs import StaticInputs
+from asyncdiff_pl.parallel.recording_memory import lasting
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import leaves, mapped
 
-from asyncdiff_pl.parallel import capture, recordings
+from asyncdiff_pl.parallel import recording_memory, recordings
 from asyncdiff_pl.parallel.capture import CannotCapture, recorder_for
 from asyncdiff_pl.parallel.stages.absent import Absent
 
@@ -43,12 +43,12 @@ class FakeRecorder:
             return run(), True
         self.rehearsals += 1
         scratch = _Scratch()
-        entered = capture._memory.set(scratch)
+        entered = recording_memory._memory.set(scratch)
         try:
             with scratch:
                 found = run()
         finally:
-            capture._memory.reset(entered)
+            recording_memory._memory.reset(entered)
         found = copy(found)
         scratch.write_over()
         is_clean = self.rehearsals != self.unclean

@@ -7,8 +7,9 @@ import torch
 from denoisers import build, build_full
 from fake_graph import FakeRecorder
 
-from asyncdiff_pl.parallel.capture import CannotCapture, StaticInputs, frozen, recorder_for
+from asyncdiff_pl.parallel.capture import CannotCapture, recorder_for
 from asyncdiff_pl.parallel.fingerprint import fingerprint
+from asyncdiff_pl.parallel.recorded_inputs import StaticInputs, frozen
 
 CPU = torch.device("cpu")
 

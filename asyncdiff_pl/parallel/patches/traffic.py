@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from asyncdiff_pl.parallel.capture import lasting
 from asyncdiff_pl.parallel.exchange import Exchange, Pending
+from asyncdiff_pl.parallel.recording_memory import lasting
 
 Parcels = list[dict[int, torch.Tensor]]
 """For each patch that this process plays: a tensor for, or from, each of some other patches."""

@@ -6,8 +6,8 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 
-from asyncdiff_pl.parallel.capture import lasting
 from asyncdiff_pl.parallel.exchange import Message, Pending
+from asyncdiff_pl.parallel.recording_memory import lasting
 from asyncdiff_pl.parallel.stages.boundary import Boundary
 
 
