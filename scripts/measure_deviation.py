@@ -29,7 +29,7 @@ from sheets import to_images
 from torch import Tensor
 
 from asyncdiff_pl.metrics.paired import mean_with_error, paired_difference
-from asyncdiff_pl.models.base import sample_seed
+from asyncdiff_pl.models.noise import sample_seed
 from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.parallel import parallelize
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from asyncdiff_pl.data.scenes import Scenes, captions, draw, sample_scenes
 from asyncdiff_pl.metrics.text_image import TextImageScore
-from asyncdiff_pl.models.base import DTYPES, sample_seed
+from asyncdiff_pl.models.base import DTYPES
 from asyncdiff_pl.models.clip import load_clip
 from asyncdiff_pl.models.loading import load_pipeline
+from asyncdiff_pl.models.noise import sample_seed
 from asyncdiff_pl.models.quiet import quiet_libraries
 from asyncdiff_pl.training.motion import motion_bucket
 

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from safetensors import safe_open
 
 from asyncdiff_pl.callbacks import TrajectoryWriter
-from asyncdiff_pl.models.base import sample_seed
+from asyncdiff_pl.models.noise import sample_seed
 
 
 def test_states_lead_from_the_noise_to_the_picture(run, tiny_predictor):

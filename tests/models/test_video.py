@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models import VideoPredictor
-from asyncdiff_pl.models.base import sample_seed
+from asyncdiff_pl.models.noise import sample_seed
 from asyncdiff_pl.parallel import parallelize
 
 

@@ -9,7 +9,7 @@ from scene_samples import FPS, PerSceneMotion, Scorer, generate_videos, held_out
 from sheets import rounded, save_gif, sheet, to_images
 
 from asyncdiff_pl.data.scenes import captions, sample_scenes
-from asyncdiff_pl.models.base import sample_seed
+from asyncdiff_pl.models.noise import sample_seed
 
 
 @pytest.fixture(scope="module")
