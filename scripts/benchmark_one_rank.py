@@ -30,7 +30,7 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  # makes t
 
 from asyncdiff_pl.callbacks.device_stats import device_name
 from asyncdiff_pl.parallel import recordings
-from asyncdiff_pl.parallel.stages import pipeline
+from asyncdiff_pl.parallel.stages import pipeline, programs
 from asyncdiff_pl.processes import die_with_parent
 
 COMPARED = ("deviation", "over_eager", "over_compiled", "of_ideal", "peak_of_eager", "exposed_ms")
@@ -100,7 +100,7 @@ class Alone(World):
         # it speaks for itself, whichever it is
         self.size, self.number, self.rank = size, number, 0
         dist.init_process_group("fake", store=dist.HashStore(), rank=number, world_size=size)
-        record, cost = recordings.recorder_for, pipeline.agreed_costs
+        record, cost = recordings.recorder_for, programs.agreed_costs
         self._patches = contextlib.ExitStack()
         for module, name, instead in (
             # messages that go nowhere can be in a recording
@@ -108,7 +108,7 @@ class Alone(World):
             # weights come to this GPU as to that of a rank with NCCL
             (pipeline, "device_of_rank", lambda module: self.device),
             # nobody tells of costs: they are on disk, or measured here
-            (pipeline, "agreed_costs", lambda *args: cost(*args[:-1])),
+            (programs, "agreed_costs", lambda *args: cost(*args[:-1])),
         ):
             self._patches.enter_context(patch.object(module, name, instead))
 

@@ -8,7 +8,7 @@ in the step before, and returns the noise estimate that the schedule names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ from asyncdiff_pl.parallel.phases import Made, Phase, number_format
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import Stream
-from asyncdiff_pl.parallel.stages.costs import agreed_costs
 from asyncdiff_pl.parallel.stages.placement import Placement
 from asyncdiff_pl.parallel.stages.program import Program
+from asyncdiff_pl.parallel.stages.programs import Programs
 from asyncdiff_pl.parallel.stages.relay import traced_likes
 from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
 from asyncdiff_pl.parallel.stages.settings import Settings
 from asyncdiff_pl.parallel.stages.steps import Steps
 from asyncdiff_pl.parallel.stages.streams import Streams
 from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timestep
-from asyncdiff_pl.parallel.stages.units import Graph, meta_twin, split_modules
+from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
 from asyncdiff_pl.parallel.warm_up import Span, WarmUp, is_still, noise_levels, span_of
@@ -73,7 +73,6 @@ class StagePipeline(TrajectoryListener):
         self.sent_bytes = 0
         """Bytes of boundary tensors that this process has sent so far."""
         self._last_exact: int | None = None
-        self._programs: dict[Any, Program] = {}
         self._met: set[Any] = set()
         self._streams = Streams()
         self._forward = with_signature(denoiser.forward)
@@ -81,6 +80,7 @@ class StagePipeline(TrajectoryListener):
         self._steps = Steps(settings.layout, exchange, coordinates, lambda: self.recordings.are_made)
         self._halves = Halves(self._forward, settings.layout.cfg)
         self._twin = meta_twin(denoiser)
+        self._programs = Programs(denoiser, self._forward, self._twin, settings, exchange)
         containers, pieces = split_modules(denoiser)
         if settings.layout.stages == 1 and settings.compile != "blocks":
             # nothing is decided below the denoiser, which may be compiled as a whole
@@ -321,14 +321,7 @@ class StagePipeline(TrajectoryListener):
 
     def _cut_into_stages(self, stream: Stream, inputs: Inputs) -> None:
         """Gives a stream the cut for its inputs, and buffers for what its stages exchange."""
-        if stream.signature not in self._programs:
-            self._programs[stream.signature] = Program.make(
-                *(self._twin, self._forward, self.settings.layout, self._cut, *inputs),
-                leaves_out=self.trajectory.call > 0,
-                measure=self._measure(inputs),
-                folded=self.settings.folded,
-            )
-        stream.program = self._programs[stream.signature]
+        stream.program = self._programs.of(stream.signature, inputs, leaves_out=self.trajectory.call > 0)
         layout, boundary = self.settings.layout, stream.program.boundary
         stream.workers = [make_workers(self._steps.ranks, layout.stages, boundary) for _ in self._steps.halves]
         stream.exchanges = [self.exchange or LocalExchange(workers) for workers in stream.workers]
@@ -337,19 +330,6 @@ class StagePipeline(TrajectoryListener):
             self._placement.place(stream.program, worker.stage)
             stream.likes = traced_likes(stream.program.graph.values)
             worker.prepare(stream.likes, stream.device)
-
-    @property
-    def _cut(self) -> Sequence[Sequence[str]] | None:
-        """The cut that is given, if one is; in a relay the first that was found, since weights stay where they are."""
-        first = next(iter(self._programs.values()), None)
-        return self.settings.cut if first is None or self._placement is None else first.cut
-
-    def _measure(self, inputs: Inputs) -> Callable[[Graph], list[int]] | None:
-        """What measures a cut's costs at some inputs; None where operations are counted."""
-        settings = self.settings
-        if settings.balance == "operations":
-            return None
-        return lambda graph: agreed_costs(self.denoiser, self._forward, graph, *inputs, settings.compile, self.exchange)
 
     # -- modules ------------------------------------------------------------------------------------------------
 
