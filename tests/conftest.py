@@ -21,8 +21,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()
-    # tests leave little garbage: to look for it after each 700 objects is a tenth of their time
-    gc.set_threshold(50_000, 20, 20)
     gc.enable()
 
 

@@ -1,6 +1,5 @@
 """Runs a function on several gloo ranks of this machine."""
 
-import gc
 import multiprocessing
 import os
 import socket
@@ -90,9 +89,6 @@ def same(name: str, found: list[torch.Tensor], expected: list[torch.Tensor]) -> 
 
 def _main(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple) -> None:
     torch.set_num_threads(1)
-    # as in conftest.py: what was imported stays
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     try:
