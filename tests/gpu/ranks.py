@@ -24,11 +24,14 @@ from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
-from denoisers import NAMES, Sampler, build, build_full, ddim, full_call
+from denoisers import NAMES, TEXT, Sampler, build, build_full, ddim, full_call
+from diffusers import UNet2DConditionModel
 
 from asyncdiff_pl.parallel import WarmUp, parallelize
 from asyncdiff_pl.parallel.patches.settings import MODES
 
+COMPILED_BOUND = 1e-3
+"""Relative difference of compiled and of eager code in float32."""
 FULL_BOUND = 2e-3
 """Relative difference over a whole loop of recorded and eager steps in float16."""
 
@@ -132,6 +135,35 @@ def check_patches(name: str, settings: dict) -> str:
     return f"{graphs} graphs, {late} of them in the last sample"
 
 
+def check_compiled_patches(settings: dict) -> str:
+    """Compiled and recorded patches, of one picture each, stay near to one eager process."""
+    sampler, found, graphs = sampler_of("sd21"), {}, 0
+    for name, more in (("recorded", {"compile": "blocks", "capture": True}), ("eager", {"simulate": True})):
+        torch.manual_seed(3)
+        denoiser = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(64,),
+            layers_per_block=1,
+            cross_attention_dim=TEXT,
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+        )
+        denoiser, scheduler, found[name] = denoiser.cuda().eval(), ddim(), []
+        with installed(denoiser, scheduler, **settings, **more) as handle:
+            for seed in range(3):
+                scheduler.set_timesteps(5)
+                latents = sampler.latents[:1] + seed
+                for t in scheduler.timesteps:
+                    estimate = denoiser(latents, t, sampler.kwargs["encoder_hidden_states"][:1]).sample
+                    latents = scheduler.step(estimate, t, latents).prev_sample
+                found[name].append(latents.clone())
+            graphs = max(graphs, handle.num_graphs)
+    distances = [distance(*pair) for pair in zip(found["recorded"], found["eager"], strict=True)]
+    assert max(distances) < COMPILED_BOUND, f"samples differ by {distances}"
+    assert graphs > 0
+    return f"{graphs} graphs, {max(distances):.1e} from one eager process"
+
+
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
@@ -215,7 +247,7 @@ class Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", nargs="*", default=[], choices=NAMES, help="full-size denoisers")
-    parser.add_argument("--only", choices=("stages", "patches"), help="checks of these alone")
+    parser.add_argument("--only", choices=("stages", "patches", "compiled"), help="checks of these alone")
     parser.add_argument("--steps", type=int, default=20, help="steps of a full-size loop")
     arguments = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -227,7 +259,7 @@ def main() -> int:
     check, world = Table(), dist.get_world_size()
     fitting = [settings for settings in LAYOUTS if world % num_ranks(settings) == 0]
     with torch.no_grad():
-        if not arguments.full and arguments.only != "patches":
+        if not arguments.full and arguments.only in (None, "stages"):
             for settings in fitting:
                 samplers = [sampler_of("sd21", seed=seed) for seed in range(3)]
                 check(f"sd21 {settings}", lambda: check_tiny("sd21", settings, samplers))  # noqa: B023
@@ -236,13 +268,17 @@ def main() -> int:
             for name in NAMES:
                 samplers = [sampler_of(name), sampler_of(name, size=16), sampler_of(name), sampler_of(name, size=16)]
                 check(f"{name}, two sizes in turn", lambda: check_tiny(name, settings, samplers))  # noqa: B023
-        if not arguments.full and arguments.only != "stages":
+        if not arguments.full and arguments.only in (None, "patches"):
             for settings in PATCH_LAYOUTS:
                 if world % num_ranks(settings) == 0:
                     check(f"sdxl {settings}", lambda: check_patches("sdxl", settings))  # noqa: B023
             for name in ("sd15", "svd", "animatediff"):
                 settings = {"patches": 2, "mode": "corrected_async_gn", "warm_up": 2}
                 check(f"{name} {settings}", lambda: check_patches(name, settings))  # noqa: B023
+        if not arguments.full and arguments.only in (None, "compiled"):
+            for mode in ("full_sync", "corrected_async_gn"):
+                settings = {"patches": world, "mode": mode, "warm_up": 1}
+                check(f"compiled {settings}", lambda: check_compiled_patches(settings))  # noqa: B023
         torch.backends.cudnn.deterministic = False
         for name in arguments.full:
             denoiser = full_denoiser(name)
