@@ -9,7 +9,8 @@ as soon as it is measured, and draws a plot. Example, on a machine with 4 GPUs:
 
 A layout is STAGES, STAGESs2 for stride 2, pPATCHES, stepsSTEPS for several steps at a time or, for tensor parallelism,
 which is here to be compared with, tRANKS; and 2x before it for a guidance batch that is split. One that needs fewer
-ranks than there are runs several times side by side; rank 0 tells of its own. On two GPUs `--layouts steps2
+ranks than there are runs several times side by side; rank 0 tells of its own. `--profile FOLDER` says what a step is
+made of. On two GPUs `--layouts steps2
 --half-batch` measures one half of 2xsteps2. `--tiny` takes tiny models, which a CPU can run.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 from denoising_bench import Bench, measure_all, most, refuse
 from denoising_jobs import Job, kind_of, parse, plan, short_run
 from denoising_models import Denoising, Kind
+from denoising_profile import profiled, summary, write_profile
 from denoising_ranks import World
 from denoising_report import Row, Table, plot, read_rows
 from denoising_tensor_parallel import TensorParallel, tensor_mesh
@@ -143,6 +145,8 @@ class LayoutBench(Bench):
                 self.reference = latents
             if self.reference is not None:
                 row["deviation"] = relative_deviation(latents, self.reference)
+            if options.profile is not None:
+                self._profile(model, job, short_run(steps, options.warm_up, job.layout.steps))
             wanted = options.whole_pipeline
             if wanted is not None and (job.is_plain or not wanted or job.name in wanted):
                 row["pipeline_s"] = self._whole(model, steps, job.layout.steps)
@@ -184,6 +188,21 @@ class LayoutBench(Bench):
             }
         common = {"cfg": layout.cfg, "warm_up": self.options.warm_up, "capture": job.capture}
         return model.install(self.groups_of(layout), **common, **settings)
+
+    def _profile(self, model: Denoising, job: Job, steps: int) -> None:
+        """Says what a step is made of, and writes it down: rank 0's, while all ranks run."""
+
+        def loop() -> None:
+            model.loop(steps)
+            self.world.synchronize()
+
+        self.world.gather(None)
+        if self.world.rank:
+            loop()
+            return
+        kernels = profiled(loop, self.world.device)
+        print(f"{model.kind.config}, {job}: {summary(kernels, steps)}", flush=True)
+        write_profile(self.options.profile, f"{model.kind.config} {job}", kernels, steps)
 
     def _whole(self, model: Denoising, steps: int, at_a_time: int) -> float:
         """Seconds of the whole pipeline: the median of calls after a short one."""

@@ -163,6 +163,7 @@ def parse(
     parser.add_argument("--tiny", action="store_true", help="tiny models")
     parser.add_argument("--seconds", type=float, help="ends the run after so many seconds; rows until then are kept")
     parser.add_argument("--csv", type=Path, help="a table that rows are added to")
+    parser.add_argument("--profile", type=Path, help="folder for a table of each row's kernels, as rank 0 runs them")
     parser.add_argument("--plot", type=Path, help="PNG to write; needs --csv and matplotlib")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     options = parser.parse_args(arguments)
