@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from diffusers import AnimateDiffPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import nn
@@ -18,21 +18,13 @@ from asyncdiff_pl.data.sample import Sample
 from asyncdiff_pl.models.adapters import IPAdapter, Lora, check_adapters, load_adapters, prepare_adapters
 from asyncdiff_pl.models.base import DiffusionPredictor
 from asyncdiff_pl.models.call import CallTemplate, refusals_told
-from asyncdiff_pl.models.components import check_components, load_components, read_part_config
-from asyncdiff_pl.models.example_calls import (
-    CALLS,
-    embeds_guidance,
-    example_call,
-    latent_size,
-    motion_call,
-    pixels_per_latent,
-    size_multiple,
-)
+from asyncdiff_pl.models.components import check_components, load_components
+from asyncdiff_pl.models.example_calls import CALLS
+from asyncdiff_pl.models.foreknown import ForeknownPipeline
 from asyncdiff_pl.models.inputs import class_number, tell_cut_prompts
 from asyncdiff_pl.models.loading import WeightsSource, check_pretrained, find_pipeline, init_parameters, load_pipeline
 from asyncdiff_pl.models.quiet import quiet_libraries
-from asyncdiff_pl.models.random_weights import component_class
-from asyncdiff_pl.models.sources import find_folder, read_component_config, read_index
+from asyncdiff_pl.models.sources import find_folder
 
 
 class PipelinePredictor(DiffusionPredictor):
@@ -150,100 +142,42 @@ class PipelinePredictor(DiffusionPredictor):
     # -- what is known before anything is loaded ----------------------------------------------------------------
 
     @functools.cached_property
-    def _known_class(self) -> type[DiffusionPipeline] | None:
-        """The pipeline's class; None for a hub checkpoint that is not known and says it itself."""
-        if self.pipeline_class is not DiffusionPipeline:
-            return self.pipeline_class
-        index = read_index(self.pretrained)
-        return None if index is None else component_class("diffusers", index["_class_name"])
-
-    def _template_of(self, pipeline_class: type[DiffusionPipeline]) -> CallTemplate:
-        control = self.components.get("controlnet")
-        number = len(control) if isinstance(control, list) else 1
-        return CallTemplate(pipeline_class, self._given, number, self._ip_adapter is not None)
-
-    @functools.cached_property
-    def _template(self) -> CallTemplate | None:
-        return None if self._known_class is None else self._template_of(self._known_class)
-
-    @functools.cached_property
-    def _denoiser_config(self) -> tuple[str, dict[str, Any]] | None:
-        """Class name and configuration of the denoiser."""
-        index = read_index(self.pretrained)
-        for name in ("unet", "transformer") if index is not None else ():
-            if (index.get(name) or [None])[0] is not None and name not in self.components:
-                config = read_component_config(self.pretrained, name)
-                return None if config is None else (index[name][1], config)
-        return None
-
-    @functools.cached_property
-    def _vae_config(self) -> dict[str, Any] | None:
-        index = read_index(self.pretrained)
-        return read_component_config(self.pretrained, "vae") if index is not None and "vae" in index else None
+    def _foreknown(self) -> ForeknownPipeline:
+        return ForeknownPipeline(
+            self.pretrained, self.pipeline_class, self.components, self._given, self._ip_adapter is not None
+        )
 
     @property
     @override
     def frames_per_sample(self) -> int:
-        return (self._template.value("num_frames") if self._template else self.num_frames) or 1
+        return self._foreknown.num_frames
 
     @property
     @override
     def size_multiple(self) -> int | None:
-        if self._denoiser_config is None or self._vae_config is None:
-            return None
-        return size_multiple(*self._denoiser_config, self._vae_config)
+        return self._foreknown.size_multiple
 
     @override
     def picture_size(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
         if self.height is not None and self.width is not None:
             return self.height, self.width
-        factor, default = 1, None
-        if self._denoiser_config is not None and self._vae_config is not None:
-            scale = pixels_per_latent(self._vae_config)
-            # an upscaler's latents are as large as the picture that it starts from
-            factor = scale if "low_res_scheduler" in (read_index(self.pretrained) or {}) else 1
-            size = latent_size(*self._denoiser_config)
-            default = None if size is None else size * scale
-        if self._template is not None and not self._template.takes_pictures:
-            height, width, factor = default, default, 1
-        sizes = (None if pixels is None else pixels * factor for pixels in (height, width))
-        return tuple(own or pixels for own, pixels in zip((self.height, self.width), sizes, strict=True))
+        sizes = self._foreknown.picture_size(height, width)
+        return self.height or sizes[0], self.width or sizes[1]
 
     @property
     @override
     def is_guided(self) -> bool | None:
-        if self._template is None:
-            return None
-        if "true_cfg_scale" in self._template.defaults:
-            # the prompt and the negative prompt go through the denoiser in calls of their own
-            return False
-        if self._denoiser_config is not None and embeds_guidance(*self._denoiser_config):
-            return False
-        scale = self._template.value("guidance_scale")
-        return scale > 1 if isinstance(scale, (int, float)) else None
+        return self._foreknown.is_guided
 
     @override
     def example_call(self, height: int, width: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
-        if self._denoiser_config is None or self._vae_config is None or self.is_guided is None:
-            return None
-        scale = pixels_per_latent(self._vae_config)
-        batch = 2 if self.is_guided else 1
-        kind, config = self._denoiser_config
-        place = self.components.get("motion_adapter")
-        if self._known_class is AnimateDiffPipeline and kind == "UNet2DConditionModel" and isinstance(place, str):
-            adapter = read_part_config("motion_adapter", place)
-            if adapter is None:
-                return None
-            sizes = self.frames_per_sample, height // scale, width // scale
-            return motion_call(config, adapter, batch, *sizes, self.torch_dtype)
-        if self._known_class is None or "motion_adapter" in init_parameters(self._known_class):
-            return None
-        return example_call(kind, config, batch, height // scale, width // scale, self.torch_dtype)
+        return self._foreknown.example_call(height, width, self.torch_dtype)
 
     @property
     @override
     def why_unforeseen(self) -> str:
-        kind = None if self._denoiser_config is None else self._denoiser_config[0]
+        denoiser = self._foreknown.denoiser
+        kind = None if denoiser is None else denoiser[0]
         if kind is None or kind in CALLS:
             return super().why_unforeseen
         return (
@@ -259,28 +193,20 @@ class PipelinePredictor(DiffusionPredictor):
                 "checkpoint's other parts, and give that as `pretrained`."
             )
         super().check()
-        kind = self._known_class
+        kind, template = self._foreknown.kind, self._foreknown.template
         if kind is not None and not {"unet", "transformer"} & set(init_parameters(kind)):
             raise ValueError(f"{kind.__name__} has neither a unet nor a transformer to run; take another pipeline.")
         check_components(kind, self.components, self.weights)
         check_adapters(kind, self._loras, self._ip_adapter)
         if kind is not None:
             check_pretrained(kind, self.pretrained, self.weights, self.components)
-        if self._template is not None:
-            self._template.check()
-            self._tell_unheeded()
+        if template is not None:
+            template.check()
+            _tell_unheeded(template)
         multiple = self.size_multiple
         for name, pixels in (("height", self.height), ("width", self.width)):
             if multiple and pixels and pixels % multiple:
                 raise ValueError(f"{name} is {pixels} pixels; {self.pretrained} takes multiples of {multiple}.")
-
-    def _tell_unheeded(self) -> None:
-        """Warns of a negative prompt that nothing comes of."""
-        assert self._template is not None
-        name = "true_cfg_scale" if "true_cfg_scale" in self._template.defaults else "guidance_scale"
-        scale = self._template.value(name)
-        if self._template.value("negative_prompt") and isinstance(scale, (int, float)) and scale <= 1:
-            rank_zero_warn(f"negative_prompt is set, but has no effect with {name} {scale}: set that above 1.")
 
     def check_inputs(self, names: Collection[str]) -> None:
         """Tells early that samples have values that the pipeline does not take.
@@ -291,8 +217,8 @@ class PipelinePredictor(DiffusionPredictor):
         Raises:
             ValueError: In one sentence.
         """
-        if self._template is not None:
-            self._template.check_inputs(names)
+        if self._foreknown.template is not None:
+            self._foreknown.template.check_inputs(names)
 
     # -- the pipeline -------------------------------------------------------------------------------------------
 
@@ -317,9 +243,7 @@ class PipelinePredictor(DiffusionPredictor):
             self.pipeline_class, self.pretrained, self.weights, self.torch_dtype, self.variant, parts
         )
         # of a hub checkpoint it is known only now
-        self._known_class = type(pipeline)
-        self._template = self._template_of(type(pipeline))
-        self._template.check()
+        self._foreknown.loaded(type(pipeline)).check()
         check_adapters(type(pipeline), self._loras, self._ip_adapter)
         load_adapters(pipeline, self._loras, self._ip_adapter)
         for wanted, method in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):
@@ -334,24 +258,25 @@ class PipelinePredictor(DiffusionPredictor):
     # -- a batch ------------------------------------------------------------------------------------------------
 
     @property
-    def _loaded_template(self) -> CallTemplate:
-        assert self._template is not None
-        return self._template
+    def _template(self) -> CallTemplate:
+        template = self._foreknown.template
+        assert template is not None
+        return template
 
     @override
     def group(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        return self._loaded_template.group(samples)
+        return self._template.group(samples)
 
     @override
     def generate(
         self, samples: Sequence[Sample], num_inference_steps: int, generators: list[torch.Generator]
     ) -> list[list[Image.Image]]:
-        arguments = self._loaded_template.join(samples)
+        arguments = self._template.join(samples)
         if "class_labels" in arguments:
             classes = self.denoiser.config.get("num_embeds_ada_norm")
             of = functools.partial(class_number, self.pipeline, classes, self.pretrained)
             arguments["class_labels"] = [of(label) for label in arguments["class_labels"]]
-        if "prompt" in self._loaded_template.defaults:
+        if "prompt" in self._template.defaults:
             tell_cut_prompts(self.pipeline, samples)
         # decoders and schedulers tell of what nobody can change
         with quiet_libraries(), refusals_told(type(self.pipeline).__name__, arguments):
@@ -366,3 +291,11 @@ class PipelinePredictor(DiffusionPredictor):
         if hasattr(output, "images"):
             return [[picture] for picture in output.images]
         raise ValueError(f"{type(self.pipeline).__name__} makes neither pictures nor videos; take another pipeline.")
+
+
+def _tell_unheeded(template: CallTemplate) -> None:
+    """Warns of a negative prompt that nothing comes of."""
+    name = "true_cfg_scale" if "true_cfg_scale" in template.defaults else "guidance_scale"
+    scale = template.value(name)
+    if template.value("negative_prompt") and isinstance(scale, (int, float)) and scale <= 1:
+        rank_zero_warn(f"negative_prompt is set, but has no effect with {name} {scale}: set that above 1.")

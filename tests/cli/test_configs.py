@@ -101,4 +101,4 @@ def test_a_config_passes_the_checks_of_a_run(check, name):
     sample = data.samples()[0]
     if hasattr(module, "check_inputs"):
         module.check_inputs(sample.inputs)
-        assert module.group([sample]) == [[sample]] or module._template is None
+        assert module.group([sample]) == [[sample]] or module._foreknown.template is None

@@ -25,11 +25,12 @@ from asyncdiff_pl.parallel.phases import Made, Phase, number_format
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.boundary import bytes_per_step
 from asyncdiff_pl.parallel.stages.call import Stream
+from asyncdiff_pl.parallel.stages.course import Course
 from asyncdiff_pl.parallel.stages.placement import Placement
 from asyncdiff_pl.parallel.stages.program import Program
 from asyncdiff_pl.parallel.stages.programs import Programs
 from asyncdiff_pl.parallel.stages.relay import traced_likes
-from asyncdiff_pl.parallel.stages.schedule import StepPlan, plan_step
+from asyncdiff_pl.parallel.stages.schedule import StepPlan
 from asyncdiff_pl.parallel.stages.settings import Settings
 from asyncdiff_pl.parallel.stages.steps import Steps
 from asyncdiff_pl.parallel.stages.streams import Streams
@@ -37,7 +38,6 @@ from asyncdiff_pl.parallel.stages.timestep import with_timestep, without_timeste
 from asyncdiff_pl.parallel.stages.units import meta_twin, split_modules
 from asyncdiff_pl.parallel.stages.worker import make_workers
 from asyncdiff_pl.parallel.trajectory import Trajectory, TrajectoryListener
-from asyncdiff_pl.parallel.warm_up import Span, WarmUp, is_still, noise_levels, span_of
 from asyncdiff_pl.parallel.weights import device_of_rank
 
 
@@ -72,6 +72,7 @@ class StagePipeline(TrajectoryListener):
         """Steps of the sample in work, or of the last one, that were computed exactly."""
         self.sent_bytes = 0
         """Bytes of boundary tensors that this process has sent so far."""
+        self._course = Course(trajectory, settings, exchange)
         self._last_exact: int | None = None
         self._met: set[Any] = set()
         self._streams = Streams()
@@ -156,8 +157,7 @@ class StagePipeline(TrajectoryListener):
         inputs = [(args, kwargs) if is_whole else self._halves(args, kwargs, half) for half in halves_here]
         stream = self._prepare(is_whole, inputs[0])
         step = self.trajectory.position - stream.begins
-        num_steps = self.trajectory.num_steps - stream.begins
-        plan = self._plan(stream, step, num_steps)
+        plan = self._course.plan(stream, step)
         self._cross_attentions.follow(stream.signature, inputs)
         if self._compiled is not None:
             call = self._compiled.wrap("", call)
@@ -169,30 +169,6 @@ class StagePipeline(TrajectoryListener):
         assert stream.result is not None
         return tree_unflatten(_into(estimate, stream.result[0]), stream.result[1])
 
-    def _plan(self, stream: Stream, step: int, num_steps: int) -> StepPlan:
-        settings, layout = self.settings, self.settings.layout
-        if step == 0:
-            stream.span = self._span()
-            stream.warm_up = stream.span.length
-        return plan_step(
-            step,
-            num_steps,
-            stages=layout.stages,
-            stride=layout.stride,
-            warm_up=stream.warm_up,
-            refresh_every=settings.refresh_every,
-            time_shift=settings.time_shift,
-            output_stage=stream.program.boundary.output_stage if stream.program else None,
-        )
-
-    def _span(self) -> Span:
-        """How long the warm-up that begins here may last."""
-        trajectory = self.trajectory
-        first = trajectory.first_index + trajectory.position
-        span = span_of(self.settings.warm_up, lambda: noise_levels(trajectory.scheduler)[first:])
-        # without stages there are no boundary tensors to drift
-        return Span(span.fewest, span.fewest) if self.settings.layout.stages == 1 else span
-
     def _exact(
         self, stream: Stream, plan: StepPlan, step: int, call: Callable[..., Any], inputs: list[Inputs]
     ) -> list[torch.Tensor]:
@@ -202,8 +178,7 @@ class StagePipeline(TrajectoryListener):
         if plan.fills or self._placement is not None:
             for worker in stream.all_workers:
                 worker.restart(number_format(stream.device))
-        # only steps of one warm-up are compared: what is there before it is another sample's
-        is_compared = plan.fills and stream.warm_up is None and step > 0 and step + 1 >= stream.span.fewest
+        is_compared = self._course.compares(stream, plan, step)
         phase = Phase("fill" if plan.fills else "relay" if self._placement else "exact", is_compared)
         steps, position = self._steps, self.trajectory.position
 
@@ -213,22 +188,10 @@ class StagePipeline(TrajectoryListener):
             return steps.exact(stream, plan, call, given, is_compared)
 
         made = self._run_phase(stream, phase, inputs, compute)
-        self._end_warm_up(stream, step, made.drift)
+        self._course.end_warm_up(stream, step, made.drift)
         if step + 1 == stream.warm_up or (plan.fills and stream.warm_up is not None):
             self._last_exact = position
         return made.estimate
-
-    def _end_warm_up(self, stream: Stream, step: int, drift: torch.Tensor | None) -> None:
-        """Decides, alike on all ranks, whether a warm-up whose end was not known is over with this step."""
-        if stream.warm_up is not None:
-            return
-        settings, still = self.settings.warm_up, False
-        assert isinstance(settings, WarmUp) and settings.until_drift is not None
-        if drift is not None:
-            sums = drift if self.exchange is None else self.exchange.add_up(drift)
-            still = is_still(sums, settings.until_drift)
-        if stream.span.ends(step + 1, still):
-            stream.warm_up = step + 1
 
     def _asynchronous(
         self, stream: Stream, plan: StepPlan, call: Callable[..., Any], inputs: list[Inputs]
