@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -101,7 +102,7 @@ class LayoutBench(Bench):
             "is_plain": int(job.is_plain),
         }
 
-    def measure(self, model: Denoising, job: Job) -> Row:
+    def measure(self, model: Denoising, job: Job, about: Row) -> Row:
         """Runs one row; every rank gets the figures of rank 0's pipeline."""
         options, world = self.options, self.world
         steps = options.steps or model.kind.steps
@@ -146,7 +147,7 @@ class LayoutBench(Bench):
             if self.reference is not None:
                 row["deviation"] = relative_deviation(latents, self.reference)
             if options.profile is not None:
-                self._profile(model, job, short_run(steps, options.warm_up, job.layout.steps))
+                self._profile(model, about, short_run(steps, options.warm_up, job.layout.steps))
             wanted = options.whole_pipeline
             if wanted is not None and (job.is_plain or not wanted or job.name in wanted):
                 row["pipeline_s"] = self._whole(model, steps, job.layout.steps)
@@ -189,7 +190,7 @@ class LayoutBench(Bench):
         common = {"cfg": layout.cfg, "warm_up": self.options.warm_up, "capture": job.capture}
         return model.install(self.groups_of(layout), **common, **settings)
 
-    def _profile(self, model: Denoising, job: Job, steps: int) -> None:
+    def _profile(self, model: Denoising, about: Row, steps: int) -> None:
         """Says what a step is made of, and writes it down: rank 0's, while all ranks run."""
 
         def loop() -> None:
@@ -201,8 +202,12 @@ class LayoutBench(Bench):
             loop()
             return
         kernels = profiled(loop, self.world.device)
-        print(f"{model.kind.config}, {job}: {summary(kernels, steps)}", flush=True)
-        write_profile(self.options.profile, f"{model.kind.config} {job}", kernels, steps)
+        # of one rank that is measured alone, too
+        rank = "" if about.get("rank") is None else f", rank {about['rank']}"
+        name = f"{about['model']}, {about['setting']}{rank}"
+        # the table is on the other one
+        print(f"{name}: {summary(kernels, steps)}", file=sys.stderr, flush=True)
+        write_profile(self.options.profile, name, kernels, steps)
 
     def _whole(self, model: Denoising, steps: int, at_a_time: int) -> float:
         """Seconds of the whole pipeline: the median of calls after a short one."""

@@ -199,7 +199,7 @@ class TimeBench(Bench):
             row["assumed_iterations"] = solver.max_iterations
         return row
 
-    def measure(self, model: Denoising, job: Job) -> Row:
+    def measure(self, model: Denoising, job: Job, about: Row) -> Row:
         """Runs one row; every rank gets the figures of rank 0's pipeline."""
         world = self.world
         steps = self.options.steps or model.kind.steps

@@ -60,8 +60,8 @@ class Bench(ABC):
         """What is known of a row before it is measured."""
 
     @abstractmethod
-    def measure(self, model: Denoising, job: Job) -> Row:
-        """Runs one row; every rank gets the figures of rank 0's pipeline."""
+    def measure(self, model: Denoising, job: Job, about: Row) -> Row:
+        """Runs one row, of which `describe` told what is known; every rank gets the figures of rank 0's pipeline."""
 
     def measure_model(self, name: str, jobs: Iterable[Job], table: Table) -> None:
         """Measures one model in all settings; a row that fails leaves the others alone."""
@@ -70,10 +70,11 @@ class Bench(ABC):
         model: Denoising | None = None
         for job in jobs:
             started = time.perf_counter()
+            about = self.describe(name, job, kind)
             try:
                 # after a failure nobody knows what is left on the denoiser
                 model = model or self.build(kind)
-                found = self.measure(model, job)
+                found = self.measure(model, job, about)
                 self.world.gather(None)
             except RankFailed as error:
                 model, found = None, {"failure": str(error)}
@@ -82,7 +83,7 @@ class Bench(ABC):
                 print(f"rank {self.world.rank}: {name}, {job}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
                 model, found = None, {"failure": self.world.tell_failure(text)}
             if self.world.rank == 0:
-                row = self.describe(name, job, kind) | found | self._about
+                row = about | found | self._about
                 table.add(row | {"row_s": time.perf_counter() - started})
         del model
         self._empty()

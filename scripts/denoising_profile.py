@@ -13,11 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     "messages": r"nccl|c10d::|gloo",
+    # named after all operators that they stand for; those of products alone (`triton_tem_fused_mm`) are no fusions
+    "compiled": r"^triton_(?!tem_)",
     "attention": r"flash|fmha|sdpa|attention",
     "convolutions": r"conv|fprop|implicit_gemm|winograd",
-    "products": r"gemm|gemv|cublas|cutlass|nvjet|splitk|::(add|b)?mm\b|::linear",
+    "products": r"^triton_tem_|gemm|gemv|cublas|cutlass|nvjet|splitk|::(add|b)?mm\b|::linear",
     "copies": r"memcpy|memset|copy",
-    "compiled": r"^triton_",
 }
 """Kinds of kernels, by what their names have; the first that fits."""
 COLUMNS = ("kind", "kernel", "calls_per_step", "us_per_step")

@@ -24,8 +24,7 @@ from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
-from denoisers import NAMES, TEXT, Sampler, build, build_full, ddim, full_call
-from diffusers import UNet2DConditionModel
+from denoisers import NAMES, Sampler, build, build_full, ddim, full_call, one_level
 
 from asyncdiff_pl.parallel import WarmUp, parallelize
 from asyncdiff_pl.parallel.patches.settings import MODES
@@ -139,16 +138,7 @@ def check_compiled_patches(settings: dict) -> str:
     """Compiled and recorded patches, of one picture each, stay near to one eager process."""
     sampler, found, graphs = sampler_of("sd21"), {}, 0
     for name, more in (("recorded", {"compile": "blocks", "capture": True}), ("eager", {"simulate": True})):
-        torch.manual_seed(3)
-        denoiser = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(64,),
-            layers_per_block=1,
-            cross_attention_dim=TEXT,
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-        )
-        denoiser, scheduler, found[name] = denoiser.cuda().eval(), ddim(), []
+        denoiser, scheduler, found[name] = nn.Module.to(one_level(64), "cuda", torch.float32), ddim(), []
         with installed(denoiser, scheduler, **settings, **more) as handle:
             for seed in range(3):
                 scheduler.set_timesteps(5)

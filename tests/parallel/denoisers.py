@@ -130,6 +130,17 @@ def full_call(name: str) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, A
     return (half(2, 4, size, size), time), kwargs
 
 
+def one_level(width: int = 32, **config: Any) -> nn.Module:
+    """A denoiser with few kinds of blocks, in double precision, for a sampler of sd21."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    torch.manual_seed(3)
+    denoiser = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(width,), layers_per_block=1, cross_attention_dim=TEXT, **blocks, **config
+    )
+    # past diffusers' own method, which warns
+    return nn.Module.to(denoiser, torch.float64).requires_grad_(False).eval()
+
+
 class Sampler:
     """One sample's inputs, and the loop around a denoiser with classifier-free guidance.
 

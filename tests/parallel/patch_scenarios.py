@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from denoisers import GAIN, TEXT, Sampler, build, ddim
+from denoisers import GAIN, TEXT, Sampler, build, ddim, one_level
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from pipeline_scenarios import of_pipelines
 from tiny_pipelines import CASES
@@ -34,16 +34,6 @@ def double(name: str) -> nn.Module:
     """A tiny denoiser in double precision."""
     # past diffusers' own method, which warns
     return nn.Module.to(build(name), torch.float64)
-
-
-def one_level(**config) -> nn.Module:
-    """A denoiser with few kinds of blocks, in double precision, for a sampler of sd21."""
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    torch.manual_seed(3)
-    denoiser = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,), layers_per_block=1, cross_attention_dim=TEXT, **blocks, **config
-    )
-    return nn.Module.to(denoiser, torch.float64).requires_grad_(False).eval()
 
 
 def two_levels() -> nn.Module:

@@ -5,8 +5,8 @@ test_ranks.py.
 """
 
 import torch
-from denoisers import ddim
-from patch_scenarios import one_level, tall
+from denoisers import ddim, one_level
+from patch_scenarios import tall
 from torch._dynamo.utils import counters
 
 from asyncdiff_pl.parallel import compiling, parallelize

@@ -13,7 +13,8 @@ OPTIONS = ["--tiny", "--device", "cpu", "--models", "sd21", "--steps", "6", "--r
 
 
 def rows_of(number, path, *layouts):
-    options = parse([*OPTIONS, "--layouts", *layouts, "--warm-up-mode", "replicated", "relay"])
+    profiles = ["--profile", str(path.parent / "profiles")]
+    options = parse([*OPTIONS, "--layouts", *layouts, "--warm-up-mode", "replicated", "relay", *profiles])
     world = Alone("cpu", 2, number)
     try:
         bench = OneRankBench(world, options)
@@ -34,7 +35,11 @@ def test_a_rank_alone_does_what_it_does_among_others(tmp_path, capsys, number):
         # a process without torchrun
         assert str(row["command"]).startswith("python scripts/benchmark_one_rank.py")
         assert row["exact_steps"] == {"p2": 6, "steps2": 4}.get(row["layout"], 3)
-    assert f"| tiny sd21 | {number} | 2, relay | 2 |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"| tiny sd21 | {number} | 2, relay | 2 |" in said.out
+    assert f"tiny sd21, p2, full_sync, rank {number}: a step " in said.err
+    tables = {path.name for path in (tmp_path / "profiles").iterdir()}
+    assert tables == {f"tiny_sd21_{name}_rank_{number}.csv" for name in ("2", "2_relay", "p2_full_sync", "steps2")}
     # bytes are those of all ranks, whoever tells of them
     model = Denoising(TINY["sd21"], torch.device("cpu"), torch.float32)
     handle = model.install(None, stages=2, simulate=True)

@@ -24,6 +24,8 @@ KERNELS = [
         ("nvjet_hsh_128x192_64x4", "products"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("triton_red_fused_native_layer_norm_3", "compiled"),
+        ("triton_poi_fused__to_copy_convolution_silu_12", "compiled"),
+        ("triton_tem_fused_addmm_view_4", "products"),
         ("aten::linear", "products"),
         ("aten::scaled_dot_product_attention", "attention"),
         ("aten::silu", "other"),
