@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncdiff_pl.parallel.projections import JoinedProjections, self_attentions
+
 BACKEND: str | Callable[..., Any] = "inductor"
 """What torch compiles with."""
 
@@ -35,7 +37,8 @@ class Compiled:
 
     Weights of 2-d convolutions are laid out NHWC where that pays: on a GPU, with compiled code. Inductor runs
     convolutions NHWC there and would lay out NCHW weights anew in each step. Without compiling, NHWC is slower (SVD 682
-    ms a call, 628 before): the normalisations between convolutions go back to NCHW.
+    ms a call, 628 before): the normalisations between convolutions go back to NCHW. Projections of self-attention are
+    joined (projections.py).
 
     Args:
         denoiser: The network whose weights are laid out.
@@ -54,6 +57,7 @@ class Compiled:
         """Those that are compiled."""
         self._calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._layouts: list[tuple[nn.Parameter, tuple[int, ...]]] = []
+        self._projections = [JoinedProjections(attention) for attention in self_attentions(denoiser)]
         self._is_possible = True
 
     def prepare(self, device: torch.device) -> None:
@@ -66,13 +70,22 @@ class Compiled:
         if refusal and self._is_possible:
             self._is_possible = False
             warnings.warn(f"The denoiser runs as it is, since torch cannot compile it here: {refusal}.", stacklevel=2)
-        if not self._is_possible or device.type not in NHWC_DEVICES:
+        if not self._is_possible:
+            return
+        for projections in self._projections:
+            projections.join(device)
+        if device.type not in NHWC_DEVICES:
             return
         # tensors made in inference mode could not be changed outside of it
         with torch.inference_mode(False), torch.no_grad():
             for module in self._denoiser.modules():
                 if isinstance(module, nn.Conv2d) and module.weight.device.type == device.type:
                     self._lay_out(module.weight)
+
+    def look_again(self) -> None:
+        """Takes over weights that were put in the place of others."""
+        for projections in self._projections:
+            projections.look_again()
 
     def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled form of a module's forward, or the forward itself where compiling gains nothing.
@@ -96,6 +109,9 @@ class Compiled:
 
     def remove(self) -> None:
         """Gives the weights their layout back; compiled code is called no more."""
+        for projections in self._projections:
+            projections.remove()
+        self._projections.clear()
         with torch.inference_mode(False), torch.no_grad():
             for weight, strides in self._layouts:
                 data = weight.data

@@ -134,7 +134,9 @@ def _extend(
         received = [traffic.before(own_name) for own_name in names]
         if step.sends:
             for own_name, each in zip(names, parts, strict=True):
-                traffic.later(own_name, _sends(each, rows, sizes, step.portion), stays=stays)
+                # some rows are copied too: what is sent stays in memory until it has left, and as a view all rows would
+                stay = stays and step.portion == 1 and all(part.is_contiguous() for part in each)
+                traffic.later(own_name, _sends(each, rows, sizes, step.portion), stays=stay)
     found = []
     for own, of_others in zip(parts, received, strict=True):
         seen = []
@@ -190,8 +192,7 @@ def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portio
         for other in range(rows.patches):
             seen = visible_rows(portion, other, sizes).get(patch)
             if seen is not None:
-                # a copy of some rows: what is sent stays in memory until it has left, and as a view all rows would
-                sends[at][other] = part.contiguous() if portion == 1 else part[:, seen].clone()
+                sends[at][other] = part if portion == 1 else part[:, seen]
     return sends
 
 

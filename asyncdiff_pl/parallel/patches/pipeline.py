@@ -181,6 +181,8 @@ class PatchPipeline(TrajectoryListener):
             if stream.phases is not None:
                 stream.phases.begin_sample()
         self._layers.look_again()
+        if self._compiled is not None:
+            self._compiled.look_again()
         self.recordings.look_again()
         self._cross_attentions.begin_sample()
 

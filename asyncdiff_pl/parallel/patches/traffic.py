@@ -310,11 +310,10 @@ def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 
 def cloned(parcels: Sequence[dict[int, torch.Tensor]]) -> Parcels:
-    """Copies of parcels, each in memory of its own: what they are cut from may change before they have left."""
-    return [
-        {patch: tensor.clone(memory_format=torch.contiguous_format) for patch, tensor in parcel.items()}
-        for parcel in parcels
-    ]
+    """Copies of parcels: what they are cut from may change before they have left. One for several is copied once."""
+    tensors = {id(tensor): tensor for parcel in parcels for tensor in parcel.values()}
+    copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    return [{patch: copies[id(tensor)] for patch, tensor in parcel.items()} for parcel in parcels]
 
 
 def together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -144,6 +144,8 @@ class StagePipeline(TrajectoryListener):
         """Begins warm-up anew."""
         self.exact_steps, self._last_exact = 0, None
         self._streams.begin_sample()
+        if self._compiled is not None:
+            self._compiled.look_again()
         self.recordings.look_again()
         self._cross_attentions.begin_sample()
 

@@ -126,6 +126,8 @@ class Calls:
 
     def begin_sample(self) -> None:
         """Has the network looked at again: it may be another one."""
+        if self._compiled is not None:
+            self._compiled.look_again()
         self.recordings.look_again()
         self._cross_attentions.begin_sample()
 
