@@ -16,6 +16,9 @@ from torch import nn
 NAMES = ("to_q", "to_k", "to_v")
 """Layers of an attention that are joined."""
 
+ALIGNMENT = 8
+"""Kernels of attention want their inputs to begin at multiples of 16 bytes."""
+
 
 class JoinedProjections:
     """One self-attention's projections, whose weights lie one behind the other in memory while it is there.
@@ -113,7 +116,8 @@ def self_attentions(denoiser: nn.Module) -> Iterator[Attention]:
             continue
         layers = [getattr(module, name, None) for name in NAMES]
         # layers of adapters and of quantised weights are other classes
-        if all(type(layer) is nn.Linear and "forward" not in vars(layer) for layer in layers):
+        is_plain = all(type(layer) is nn.Linear and "forward" not in vars(layer) for layer in layers)
+        if is_plain and all(layer.out_features % ALIGNMENT == 0 for layer in layers):
             yield module
 
 
