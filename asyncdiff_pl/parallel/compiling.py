@@ -57,7 +57,8 @@ class Compiled:
         """Those that are compiled."""
         self._calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._layouts: list[tuple[nn.Parameter, tuple[int, ...]]] = []
-        self._projections = [JoinedProjections(attention) for attention in self_attentions(denoiser)]
+        self.projections = {attention: JoinedProjections(attention) for attention in self_attentions(denoiser)}
+        """Of self-attention, where they can be joined."""
         self._is_possible = True
 
     def prepare(self, device: torch.device) -> None:
@@ -72,7 +73,7 @@ class Compiled:
             warnings.warn(f"The denoiser runs as it is, since torch cannot compile it here: {refusal}.", stacklevel=2)
         if not self._is_possible:
             return
-        for projections in self._projections:
+        for projections in self.projections.values():
             projections.join(device)
         if device.type not in NHWC_DEVICES:
             return
@@ -84,7 +85,7 @@ class Compiled:
 
     def look_again(self) -> None:
         """Takes over weights that were put in the place of others."""
-        for projections in self._projections:
+        for projections in self.projections.values():
             projections.look_again()
 
     def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,9 +110,9 @@ class Compiled:
 
     def remove(self) -> None:
         """Gives the weights their layout back; compiled code is called no more."""
-        for projections in self._projections:
+        for projections in self.projections.values():
             projections.remove()
-        self._projections.clear()
+        self.projections.clear()
         with torch.inference_mode(False), torch.no_grad():
             for weight, strides in self._layouts:
                 data = weight.data

@@ -81,7 +81,7 @@ class CrossAttentions:
     """Puts `SteadyAttention` into a denoiser whose steps are compiled or recorded, and keeps its keys and values.
 
     Args:
-        denoiser: The network, without hooks so far.
+        denoiser: The network, without hooks or joined projections so far.
         forward: Its own forward, whose signature names the arguments.
         is_compiled: Whether it is compiled, and rounds in its own way already: then a single token is its own result.
         capture: Whether its steps are recorded; None for where there is an NVIDIA GPU.

@@ -34,10 +34,11 @@ class JoinedProjections:
         """[C of queries + C of keys + C of values, C of tokens]; None while they are computed one by one."""
         self.bias: torch.Tensor | None = None
         """[C of queries + C of keys + C of values], if they have one."""
-        self.made: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        self.sizes = [getattr(attention, name).out_features for name in NAMES]
+        """C of queries, of keys and of values."""
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
         """Within a call: tokens, and what was made of them."""
         self._layers: list[nn.Linear] = [getattr(attention, name) for name in NAMES]
-        self._sizes = [layer.out_features for layer in self._layers]
         self._replaced: list[tuple[nn.Module, Callable[..., Any]]] = []
         for at, layer in enumerate(self._layers):
             self._replace(layer, self._projection(at, layer.forward))
@@ -74,14 +75,33 @@ class JoinedProjections:
                     parameter.data = parameter.data.clone()
         self._give_up()
 
+    def are_all_of(self, attention: Attention) -> bool:
+        """Whether an attention has these projections and nothing besides: no adapter's layers, no hooks on them."""
+        found = [getattr(attention, name) for name in NAMES]
+        has_hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in found)
+        return not has_hooks and all(each is layer for each, layer in zip(found, self._layers, strict=True))
+
+    def keys_and_values(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Both of each token side by side, in compiled code; None while they are computed one by one.
+
+        Args:
+            tokens: [..., C].
+        """
+        made = self._make(tokens)
+        return None if made is None else made[..., self.sizes[0] :]
+
+    def _make(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The product, once for all three."""
+        if self.weight is None or not torch.compiler.is_compiling():
+            return None
+        if self._made is None or self._made[0] is not tokens:
+            self._made = tokens, nn.functional.linear(tokens, self.weight, self.bias)
+        return self._made[1]
+
     def _projection(self, at: int, own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def forward(tokens: torch.Tensor) -> torch.Tensor:
-            if self.weight is None or not torch.compiler.is_compiling():
-                return own(tokens)
-            if self.made is None or self.made[0] is not tokens:
-                parts = nn.functional.linear(tokens, self.weight, self.bias).split(self._sizes, -1)
-                self.made = tokens, parts
-            return self.made[1][at]
+            made = self._make(tokens)
+            return own(tokens) if made is None else made.split(self.sizes, -1)[at]
 
         return forward
 
@@ -89,7 +109,7 @@ class JoinedProjections:
         def forward(*args: Any, **kwargs: Any) -> Any:
             result = own(*args, **kwargs)
             # compiled code would return what is kept
-            self.made = None
+            self._made = None
             return result
 
         return forward

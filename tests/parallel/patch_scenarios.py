@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from pipeline_scenarios import of_pipelines
 from tiny_pipelines import CASES
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._pytree import tree_map
 
 from asyncdiff_pl.parallel import compiling, parallelize
@@ -99,6 +100,35 @@ def compiled_patches(simulate):
         return of_samplers(one_level(), [tall("sd21", 6, torch.float64)], simulate, **settings)
 
 
+def compiled_patches_without_guidance(simulate):
+    """Of a batch of one, keys and values are read where they come in; layers that are hooked get what they get."""
+    denoiser, sampler, scheduler, codes = one_level(), tall("sd21", 6, torch.float64), ddim(), []
+    hooked = denoiser.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_v
+    hook = hooked.register_forward_hook(lambda module, args, output: output * 2)
+
+    def backend(graph, inputs):
+        # as torch takes graphs apart for Inductor
+        codes.append(graph.code)
+        return aot_eager(graph, inputs)
+
+    with patch.object(compiling, "BACKEND", backend):
+        compiled = "none" if simulate else "blocks"
+        handle = parallelize(denoiser, simulate=simulate, scheduler=scheduler, patches=2, compile=compiled)
+        found = []
+        for seed in range(2):
+            latents, texts = sampler.latents[:1] + seed, sampler.kwargs["encoder_hidden_states"][:1]
+            scheduler.set_timesteps(3)
+            for t in scheduler.timesteps:
+                latents = scheduler.step(denoiser(latents, t, texts).sample, t, latents).prev_sample
+            found.append(latents)
+        handle.remove()
+    hook.remove()
+    if not simulate:
+        assert any("project_and_extend" in code for code in codes)
+        assert any("asyncdiff_pl.extend" in code for code in codes)
+    return found
+
+
 def changing_patches(simulate):
     """Another resolution, another batch, a batch that grows in mid-sample, broken off samples, a reset."""
     denoiser, scheduler = two_levels(), ddim()
@@ -175,6 +205,7 @@ PATCHES = {
         modes,
         stale_videos,
         compiled_patches,
+        compiled_patches_without_guidance,
         changing_patches,
         patches_in_two_calls_a_step,
         pipelines_in_patches,

@@ -42,13 +42,14 @@ def count(denoiser, projection):
     ("name", "settings"),
     [
         ("sd21", {"compile": "blocks"}),
+        ("sdxl", {"compile": "blocks", "patches": 2}),
         ("sdxl", CAPTURED | {"stages": 2, "warm_up": 1}),
         ("animatediff", CAPTURED),
     ],
 )
 def test_keys_are_made_once_a_sample(monkeypatch, name, settings):
     denoiser, scheduler, samplers = build(name), ddim(), [Sampler(name, seed=seed) for seed in (1, 2)]
-    plain = {key: value for key, value in settings.items() if key in ("stages", "warm_up")}
+    plain = {key: value for key, value in settings.items() if key in ("stages", "warm_up", "patches")}
     with installed(monkeypatch, denoiser, scheduler, **plain):
         expected = [sampler(denoiser, scheduler, STEPS) for sampler in samplers]
     denoiser = build(name)

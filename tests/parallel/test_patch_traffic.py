@@ -160,7 +160,7 @@ def test_who_sends_to_whom(monkeypatch, portion, furthest):
     later = Traffic.later
 
     def watched(traffic, name, sends, *args, **kwargs):
-        kind = "moments" if name in norms else "tokens" if name.endswith(("to_k", "to_v")) else "halos"
+        kind = "moments" if name in norms else "tokens" if name.endswith("attn1") else "halos"
         distances[kind] |= {abs(patch - other) for patch, parcel in enumerate(sends) for other in parcel}
         later(traffic, name, sends, *args, **kwargs)
 

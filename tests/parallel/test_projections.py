@@ -136,7 +136,7 @@ def test_weights_that_were_taken_away_leave_no_memory_behind():
     """In a relay a rank keeps the weights of its stage."""
     attention = build_attention()
     compiled = prepared(attention)
-    joined = compiled._projections[0]
+    joined = compiled.projections[attention]
     assert joined.weight.untyped_storage().nbytes() == 3 * 8 * 8 * 4
     for name in NAMES:
         attention.get_submodule(name).weight.data = torch.full((1, 1), torch.nan).expand(8, 8)

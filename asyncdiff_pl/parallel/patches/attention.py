@@ -1,8 +1,8 @@
 """Spatial self-attention of a patch: queries of its own rows, keys and values of others' rows as well.
 
-The projections to keys and values give more tokens than they are given, and what both need travels together; all else
-is the attention processor's, so that whatever was set or loaded there keeps its effect. Attention to texts and over
-time needs nothing of other patches.
+The projections to keys and values give more tokens than they are given, and what both make of a token lies and travels
+side by side; all else is the attention processor's, so that whatever was set or loaded there keeps its effect.
+Attention to texts and over time needs nothing of other patches.
 
 Source: DistriFusion (arXiv 2402.19481), section 4; PCPP (arXiv 2412.02962), section 3, for a part of the rows.
 """
@@ -19,11 +19,12 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
 
-from asyncdiff_pl.parallel.patches.rows import Rows, visible_rows
+from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, visible_rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
 from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade
+from asyncdiff_pl.parallel.projections import JoinedProjections
 
 SPATIAL = (Transformer2DModel, TransformerSpatioTemporalModel)
 """Transformers whose blocks attend over rows and columns."""
@@ -62,23 +63,68 @@ def self_attentions(denoiser: nn.Module) -> Iterator[tuple[str, Attention]]:
             raise ValueError(f"{name} is an attention of a kind that patches do not know; take stages or cfg.")
 
 
-def extend(site: Site, keys: torch.Tensor, values: torch.Tensor) -> list[list[torch.Tensor]]:
+def extend(site: Site, both: torch.Tensor) -> list[torch.Tensor]:
     """Keys and values that each own patch sees.
 
     Args:
         site: Which attention it is.
-        keys: [B, H · W, C] of the own patches' rows.
-        values: The same.
+        both: Keys and values of the own patches' rows side by side, [B, H · W, 2 C].
 
     Returns:
-        Keys, then values: for each own patch [B, H' · W, C], in the order of the rows.
+        The same for each own patch, [B, H' · W, 2 C], in the order of the rows.
     """
     now = site.now
     if torch.compiler.is_compiling():
-        both = _extend_operation(keys, values, now.columns, sum(now.seen), site.number, now.order)
+        whole = _extend_operation(both, now.columns, sum(now.seen), site.number, now.order)
     else:
-        both = _extend(keys, values, now.columns, site.name, site.step)
-    return [list(each.split([rows * now.columns for rows in now.seen], 1)) for each in both]
+        whole = _extend(both, now.columns, site.name, site.step)
+    return list(whole.split([rows * now.columns for rows in now.seen], 1))
+
+
+def project_and_extend(
+    site: Site, projections: JoinedProjections, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Queries of the own patch, and keys and values of all rows where they come in, without a copy.
+
+    Keys and values are made first, and queries while they travel.
+
+    Args:
+        site: Which attention it is.
+        projections: Its projections.
+        tokens: Tokens of the own patch's rows, [B, H · W, C].
+
+    Returns:
+        Queries, [1, H · W, C], and keys and values side by side, [1, H' · W, 2 C]; None where that cannot be.
+    """
+    room, weight = site.now.room, projections.weight
+    if room is None or weight is None or not torch.compiler.is_compiling() or len(tokens) != 1:
+        return None
+    queries, *others = projections.sizes
+    if room.shape[-1] != sum(others) or not room.dtype == weight.dtype == tokens.dtype:
+        return None
+    operands = tokens, weight, projections.bias, room, queries
+    return _project_operation(*operands, site.number, site.now.order), room.flatten(1, 2)
+
+
+def room_of(transformer: nn.Module, hidden: torch.Tensor, step: PatchStep) -> torch.Tensor | None:
+    """Where keys and values of all rows come together in a transformer's attentions, for compiled code to read them.
+
+    The compiler is told that an exchange writes there, and so reads it before the next one. Elsewhere it gets copies.
+
+    Args:
+        transformer: One of `spatial_transformers`.
+        hidden: What it is given, [B, C, H, W].
+        step: The step in work.
+
+    Returns:
+        [1, H, W, 2 C]; None where they have to be put together from what came in, or where more is done with them.
+    """
+    if step.source is not Source.FRESH or step.keeps_rows or len(step.rows.own) != 1 or len(hidden) != 1:
+        return None
+    if torch.is_autocast_enabled(hidden.device.type):
+        return None
+    like = hidden.new_empty(1, 0, hidden.shape[-1], 2 * transformer.inner_dim)
+    return step.traffic.room(step.rows.own[0], like, sum(step.rows.at(hidden.shape[ROWS])))
 
 
 def seen_rows(height: int, step: PatchStep) -> tuple[int, ...]:
@@ -98,69 +144,93 @@ def seen_rows(height: int, step: PatchStep) -> tuple[int, ...]:
     )
 
 
-def _extend(
-    keys: torch.Tensor, values: torch.Tensor, columns: int, name: str, step: PatchStep, stays: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values that the own patches see, one patch after the other, [B, tokens, C].
+def _extend(both: torch.Tensor, columns: int, name: str, step: PatchStep, stays: bool = True) -> torch.Tensor:
+    """Keys and values that the own patches see, one patch after the other, [B, tokens, 2 C].
 
     Args:
-        keys: Those of the own patches' rows, [B, tokens, C].
-        values: The same.
+        both: Those of the own patches' rows, [B, tokens, 2 C].
         columns: Tokens in a row.
         name: Name of the attention.
         step: The step in work.
-        stays: Whether keys and values stay as they are after this, and may be read in place until the next attention.
+        stays: Whether `both` stays as it is after this, and what is returned may be read in place until the next
+            attention.
     """
     rows, traffic = step.rows, step.traffic
-    names = f"{name}.to_k", f"{name}.to_v"
-    grids = [each.unflatten(1, (-1, columns)) for each in (keys, values)]
-    parts, sizes = [rows.split(grid, dim=1) for grid in grids], rows.at(grids[0].shape[1])
-    received: list[Parcels] = [[{} for _ in each] for each in parts]
+    grid = both.unflatten(1, (-1, columns))
+    parts, sizes = rows.split(grid, dim=1), rows.at(grid.shape[1])
+    received: Parcels = [{} for _ in parts]
     if step.source is Source.FRESH:
         # a synchronous step sees all rows
-        wholes = [
-            [traffic.room((at, patch), part, sum(sizes)) for patch, part in zip(rows.own, each, strict=True)]
-            for at, each in enumerate(parts)
-        ]
-        trades = [_trade(each, own, rows, sizes) for each, own in zip(wholes, parts, strict=True)]
-        traffic.now_together(trades, name)
-        received = [receives for _, receives in trades]
+        wholes = [traffic.room(patch, part, sum(sizes)) for patch, part in zip(rows.own, parts, strict=True)]
+        sends, received = _trade(wholes, parts, rows, sizes)
+        traffic.now(sends, received, name)
         if step.keeps_rows:
-            for own_name, each in zip(names, received, strict=True):
-                traffic.keep(own_name, _seen(each, rows, sizes, step.portion))
-        if stays and len(rows.own) == len(keys) == 1:
-            return wholes[0][0].flatten(1, 2), wholes[1][0].flatten(1, 2)
+            traffic.keep(name, _seen(received, rows, sizes, step.portion))
+        if stays and len(rows.own) == len(both) == 1:
+            return wholes[0].flatten(1, 2)
     elif step.source is not Source.NONE:
-        received = [traffic.before(own_name) for own_name in names]
+        received = traffic.before(name)
         if step.sends:
-            for own_name, each in zip(names, parts, strict=True):
-                # some rows are copied too: what is sent stays in memory until it has left, and as a view all rows would
-                stay = stays and step.portion == 1 and all(part.is_contiguous() for part in each)
-                traffic.later(own_name, _sends(each, rows, sizes, step.portion), stays=stay)
-    found = []
-    for own, of_others in zip(parts, received, strict=True):
-        seen = []
-        for patch, part, others in zip(rows.own, own, of_others, strict=True):
-            each = others | {patch: part}
-            seen += [each[number] for number in sorted(each)]
-        found.append(torch.cat(seen, 1).flatten(1, 2))
-    return found[0], found[1]
+            # some rows are copied too: what is sent stays in memory until it has left, and as a view all rows would
+            stays = stays and step.portion == 1 and all(part.is_contiguous() for part in parts)
+            traffic.later(name, _sends(parts, rows, sizes, step.portion), stays=stays)
+    seen = []
+    for patch, part, others in zip(rows.own, parts, received, strict=True):
+        each = others | {patch: part}
+        seen += [each[number] for number in sorted(each)]
+    return torch.cat(seen, 1).flatten(1, 2)
 
 
 @torch.library.custom_op("asyncdiff_pl::extend", mutates_args={"order"})
 def _extend_operation(
-    keys: torch.Tensor, values: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    both: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
     it = site_of(site)
-    return _extend(keys, values, columns, it.name, it.step, stays=False)
+    return _extend(both, columns, it.name, it.step, stays=False)
 
 
 @_extend_operation.register_fake
+def _(both: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return both.new_empty(both.shape[0], rows * columns, both.shape[2])
+
+
+@torch.library.custom_op("asyncdiff_pl::project_and_extend", mutates_args={"room", "order"})
+def _project_operation(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    room: torch.Tensor,
+    queries: int,
+    site: torch.Tensor,
+    order: torch.Tensor,
+) -> torch.Tensor:
+    it = site_of(site)
+    rows, traffic = it.step.rows, it.step.traffic
+    (patch,) = rows.own
+    pieces = dict(enumerate(room.split(rows.at(tokens.shape[1] // room.shape[2]), 1)))
+    own, keys_and_values = pieces.pop(patch), weight[queries:].t()
+    if bias is None:
+        torch.mm(tokens[0], keys_and_values, out=own.flatten(0, 2))
+    else:
+        torch.addmm(bias[queries:], tokens[0], keys_and_values, out=own.flatten(0, 2))
+    messages = traffic.begin([([dict.fromkeys(pieces, own)], [pieces])], it.name)
+    made = nn.functional.linear(tokens, weight[:queries], None if bias is None else bias[:queries])
+    for message in messages:
+        message.wait()
+    return made
+
+
+@_project_operation.register_fake
 def _(
-    keys: torch.Tensor, values: torch.Tensor, columns: int, rows: int, site: torch.Tensor, order: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    found = [each.new_empty(each.shape[0], rows * columns, each.shape[2]) for each in (keys, values)]
-    return found[0], found[1]
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    room: torch.Tensor,
+    queries: int,
+    site: torch.Tensor,
+    order: torch.Tensor,
+) -> torch.Tensor:
+    return tokens.new_empty(*tokens.shape[:-1], queries)
 
 
 def _trade(wholes: list[torch.Tensor], parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...]) -> Trade:

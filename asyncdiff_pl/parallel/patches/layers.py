@@ -7,13 +7,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from asyncdiff_pl.parallel.compiling import Compiled, can_gain
 from asyncdiff_pl.parallel.hooks import HOOK, Run, install, uninstall
-from asyncdiff_pl.parallel.patches.attention import extend, seen_rows, self_attentions, spatial_transformers
+from asyncdiff_pl.parallel.patches.attention import (
+    extend,
+    project_and_extend,
+    room_of,
+    seen_rows,
+    self_attentions,
+    spatial_transformers,
+)
 from asyncdiff_pl.parallel.patches.convolution import Halo, convolve, convolve_extended
 from asyncdiff_pl.parallel.patches.group_norm import normalise
 from asyncdiff_pl.parallel.patches.resnet import normalise_and_extend, norms_and_convolutions
@@ -70,9 +77,9 @@ class PatchLayers:
             elif module in pieces:
                 hooks[module] = self._piece(name)
         for name, transformer in spatial_transformers(denoiser):
-            hooks[transformer] = self._transformer(name)
+            hooks[transformer] = self._transformer(name, transformer)
         for name, attention in self_attentions(denoiser):
-            modules = attention, attention.to_k, attention.to_v
+            modules = attention, attention.to_q, attention.to_k, attention.to_v
             hooks |= dict(zip(modules, self._attention(name, attention), strict=True))
         # all or none: what cannot be run has been told by now
         found = list(hooks)
@@ -101,7 +108,7 @@ class PatchLayers:
         try:
             yield
         finally:
-            now.step = now.extended = None
+            now.step = now.room = now.extended = None
 
     def _compile(self, name: str, call: Call) -> Call:
         return call if self._compiled is None else self._compiled.wrap(name, call)
@@ -127,7 +134,7 @@ class PatchLayers:
 
         return run
 
-    def _transformer(self, name: str) -> Run:
+    def _transformer(self, name: str, transformer: nn.Module) -> Run:
         now = self._now
 
         def run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,13 +142,21 @@ class PatchLayers:
                 return call(*args, **kwargs)
             hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
             now.columns, now.seen = hidden.shape[-1], seen_rows(hidden.shape[ROWS], now.step)
+            now.room = None if self._compiled is None else room_of(transformer, hidden, now.step)
             return self._compile(name, call)(*args, **kwargs)
 
         return run
 
-    def _attention(self, name: str, attention: Attention) -> tuple[Run, Run, Run]:
-        """Calls in place of an attention, of its projection to keys and of that to values."""
+    def _attention(self, name: str, attention: Attention) -> tuple[Run, Run, Run, Run]:
+        """Calls in place of an attention, and of its projections to queries, to keys and to values."""
         site, now = Site(name, self._now), self._now
+        joined = None if self._compiled is None else self._compiled.projections.get(attention)
+        if joined is not None and not joined.are_all_of(attention):
+            joined = None
+
+        def take_in(tokens: torch.Tensor, both: list[torch.Tensor]) -> None:
+            sizes = attention.to_k.out_features, attention.to_v.out_features
+            now.extended = tokens, [each.split(sizes, -1) for each in both]
 
         def run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             step = now.step
@@ -157,23 +172,35 @@ class PatchLayers:
             now.seen_by, now.extended = 0, None
             return torch.cat(found, 1)
 
+        def run_queries(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # of processors that are not torch's nobody knows what they make keys of
+            if now.room is not None and joined is not None and type(attention.processor) is AttnProcessor2_0:
+                found = project_and_extend(site, joined, args[0])
+                if found is not None:
+                    take_in(args[0], [found[1]])
+                    return found[0]
+            return call(*args, **kwargs)
+
         def run_keys(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if now.step is None:
                 return call(*args, **kwargs)
             if now.extended is None:
-                keys = call(*args, **kwargs)
-                # the hook below lets it through
-                values = attention.to_v(*args, **kwargs)
-                now.extended = args[0], extend(site, keys, values)
-            return now.extended[1][0][now.seen_by]
+                both = None if joined is None else joined.keys_and_values(args[0])
+                if both is None:
+                    # the hook below lets it through
+                    both = torch.cat([call(*args, **kwargs), attention.to_v(*args, **kwargs)], -1)
+                take_in(args[0], extend(site, both))
+            return seen(args, 0)
 
         def run_values(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if now.extended is None:
-                return call(*args, **kwargs)
-            assert args[0] is now.extended[0], f"{name} makes values from something else than keys"
-            return now.extended[1][1][now.seen_by]
+            return call(*args, **kwargs) if now.extended is None else seen(args, 1)
 
-        return run, run_keys, run_values
+        def seen(args: tuple[Any, ...], which: int) -> torch.Tensor:
+            assert now.extended is not None
+            assert args[0] is now.extended[0], f"{name} makes keys and values from different tokens"
+            return now.extended[1][now.seen_by][which]
+
+        return run, run_queries, run_keys, run_values
 
 
 def _install(module: nn.Module, run: Run) -> None:

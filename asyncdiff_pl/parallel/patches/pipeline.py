@@ -135,10 +135,11 @@ class PatchPipeline(TrajectoryListener):
         self._streams: dict[int, _Stream] = {}
         self._last_exact: int | None = None
         self._met: set[Any] = set()
+        # first, since it wants a denoiser whose layers are its own
+        self._cross_attentions = CrossAttentions(denoiser, self._forward, settings.compile != "none", settings.capture)
         self._compiled: Compiled | None = None
         if settings.compile != "none":
             self._compiled = Compiled(denoiser, split_modules(denoiser)[1], gains_in_patches)
-        self._cross_attentions = CrossAttentions(denoiser, self._forward, settings.compile != "none", settings.capture)
         self._layers = PatchLayers(denoiser, self._compiled, joins=settings.mode == "full_sync")
         run = self._run_denoiser
         install(denoiser, run if self._compiled is None else self._compiled.allowing_all_kinds(run))

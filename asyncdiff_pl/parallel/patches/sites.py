@@ -36,7 +36,9 @@ class Now:
     """Columns of the tokens of the transformer in work."""
     seen: tuple[int, ...] = ()
     """Rows of tokens that each own patch sees in it."""
-    extended: tuple[torch.Tensor, list[list[torch.Tensor]]] | None = None
+    room: torch.Tensor | None = None
+    """Where keys and values of all rows come together in it, [1, H, W, 2 C], if compiled code may read them there."""
+    extended: tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]] | None = None
     """Of the attention in work: what keys and values are made from, and both as each own patch sees them."""
     seen_by: int = 0
     """Which of the own patches attends."""

@@ -155,8 +155,17 @@ class Traffic:
             parcels: What is sent, and buffers for what comes in, as for `now`.
             what: What travels, for reports.
         """
-        for message in self._swap.post(parcels, what, is_waited_for=True):
+        for message in self.begin(parcels, what):
             message.wait()
+
+    def begin(self, parcels: Sequence[Trade], what: str) -> list[Pending]:
+        """Begins such exchanges, beside which something may be computed until all of what it returns was waited for.
+
+        Args:
+            parcels: As for `now_together`; what is sent stays as it is until then.
+            what: What travels, for reports.
+        """
+        return self._swap.post(parcels, what, is_waited_for=True)
 
     def room(self, key: Hashable, like: torch.Tensor, rows: int) -> torch.Tensor:
         """Memory for what travels in one layer after the other, until `now` returns.
