@@ -101,31 +101,36 @@ def compiled_patches(simulate):
 
 
 def compiled_patches_without_guidance(simulate):
-    """Of a batch of one, keys and values are read where they come in; layers that are hooked get what they get."""
+    """Of a batch of one, keys and values are read where they come in; a layer that is hooked is called, then not."""
     denoiser, sampler, scheduler, codes = one_level(), tall("sd21", 6, torch.float64), ddim(), []
     hooked = denoiser.up_blocks[0].attentions[0].transformer_blocks[0].attn1.to_v
-    hook = hooked.register_forward_hook(lambda module, args, output: output * 2)
 
     def backend(graph, inputs):
         # as torch takes graphs apart for Inductor
         codes.append(graph.code)
         return aot_eager(graph, inputs)
 
+    def sample(seed):
+        latents, texts = sampler.latents[:1] + seed, sampler.kwargs["encoder_hidden_states"][:1]
+        scheduler.set_timesteps(3)
+        for t in scheduler.timesteps:
+            latents = scheduler.step(denoiser(latents, t, texts).sample, t, latents).prev_sample
+        return latents
+
     with patch.object(compiling, "BACKEND", backend):
         compiled = "none" if simulate else "blocks"
         handle = parallelize(denoiser, simulate=simulate, scheduler=scheduler, patches=2, compile=compiled)
-        found = []
-        for seed in range(2):
-            latents, texts = sampler.latents[:1] + seed, sampler.kwargs["encoder_hidden_states"][:1]
-            scheduler.set_timesteps(3)
-            for t in scheduler.timesteps:
-                latents = scheduler.step(denoiser(latents, t, texts).sample, t, latents).prev_sample
-            found.append(latents)
+        found = [sample(0)]
+        hook = hooked.register_forward_hook(lambda module, args, output: output * 2)
+        found.append(sample(1))
+        hook.remove()
+        found.append(sample(1))
         handle.remove()
-    hook.remove()
+    assert not torch.equal(found[1], found[2])
     if not simulate:
-        assert any("project_and_extend" in code for code in codes)
-        assert any("asyncdiff_pl.extend" in code for code in codes)
+        # each kind of block has one graph for all of its layers
+        assert sum("project_and_extend" in code for code in codes) == 1
+        assert sum("asyncdiff_pl.extend" in code for code in codes) == 1
     return found
 
 

@@ -27,6 +27,7 @@ from asyncdiff_pl.parallel.patches.resnet import normalise_and_extend, norms_and
 from asyncdiff_pl.parallel.patches.rows import ROWS
 from asyncdiff_pl.parallel.patches.sites import Now, Site
 from asyncdiff_pl.parallel.patches.step import PatchStep
+from asyncdiff_pl.parallel.projections import JoinedProjections
 
 Call = Callable[..., Any]
 
@@ -49,6 +50,7 @@ class PatchLayers:
         self._compiled = compiled
         self._joins = joins
         self._hooked: list[nn.Module] = []
+        self._joined: list[JoinedProjections | None] = []
         self._now = Now()
         self.look_again()
 
@@ -78,18 +80,20 @@ class PatchLayers:
                 hooks[module] = self._piece(name)
         for name, transformer in spatial_transformers(denoiser):
             hooks[transformer] = self._transformer(name, transformer)
+        projections = []
         for name, attention in self_attentions(denoiser):
+            projections.append(self._projections(attention))
             modules = attention, attention.to_q, attention.to_k, attention.to_v
-            hooks |= dict(zip(modules, self._attention(name, attention), strict=True))
+            hooks |= dict(zip(modules, self._attention(name, attention, projections[-1]), strict=True))
         # all or none: what cannot be run has been told by now
         found = list(hooks)
-        if found == self._hooked:
+        if (found, projections) == (self._hooked, self._joined):
             return
         for module in self._hooked:
             uninstall(module)
         for module, run in hooks.items():
             _install(module, run)
-        self._hooked = found
+        self._hooked, self._joined = found, projections
 
     @contextlib.contextmanager
     def running(self, step: PatchStep, device: torch.device) -> Iterator[None]:
@@ -147,12 +151,16 @@ class PatchLayers:
 
         return run
 
-    def _attention(self, name: str, attention: Attention) -> tuple[Run, Run, Run, Run]:
+    def _projections(self, attention: Attention) -> JoinedProjections | None:
+        """What may be called in place of an attention's own projections in compiled code, if anything."""
+        found = None if self._compiled is None else self._compiled.projections.get(attention)
+        return found if found is not None and found.are_all_of(attention) else None
+
+    def _attention(
+        self, name: str, attention: Attention, joined: JoinedProjections | None
+    ) -> tuple[Run, Run, Run, Run]:
         """Calls in place of an attention, and of its projections to queries, to keys and to values."""
         site, now = Site(name, self._now), self._now
-        joined = None if self._compiled is None else self._compiled.projections.get(attention)
-        if joined is not None and not joined.are_all_of(attention):
-            joined = None
 
         def take_in(tokens: torch.Tensor, both: list[torch.Tensor]) -> None:
             sizes = attention.to_k.out_features, attention.to_v.out_features
