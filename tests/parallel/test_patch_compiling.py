@@ -10,7 +10,7 @@ from patch_scenarios import tall
 from torch._dynamo.utils import counters
 
 from asyncdiff_pl.parallel import compiling, parallelize
-from asyncdiff_pl.parallel.patches.traffic import LocalSwap
+from asyncdiff_pl.parallel.patches.swap import LocalSwap
 
 
 def sample(denoiser, sampler, samples=1, steps=3, **settings):

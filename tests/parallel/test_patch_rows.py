@@ -13,7 +13,8 @@ from asyncdiff_pl.parallel.patches.rows import Rows, shares, visible_rows
 from asyncdiff_pl.parallel.patches.settings import PatchSettings
 from asyncdiff_pl.parallel.patches.sites import Now, Site
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import LocalSwap, Traffic
+from asyncdiff_pl.parallel.patches.swap import LocalSwap
+from asyncdiff_pl.parallel.patches.traffic import Traffic
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from asyncdiff_pl.parallel import Layout
 from asyncdiff_pl.parallel.patches import traffic
 from asyncdiff_pl.parallel.patches.pipeline import PatchPipeline
 from asyncdiff_pl.parallel.patches.settings import PatchSettings
-from asyncdiff_pl.parallel.patches.traffic import LocalSwap, Traffic
+from asyncdiff_pl.parallel.patches.swap import LocalSwap
+from asyncdiff_pl.parallel.patches.traffic import Traffic
 from asyncdiff_pl.parallel.trajectory import Trajectory
 
 FLOAT = 4

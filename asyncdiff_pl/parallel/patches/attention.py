@@ -23,7 +23,7 @@ from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, visible_rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade
+from asyncdiff_pl.parallel.patches.swap import Parcels, Trade
 from asyncdiff_pl.parallel.projections import JoinedProjections
 
 SPATIAL = (Transformer2DModel, TransformerSpatioTemporalModel)

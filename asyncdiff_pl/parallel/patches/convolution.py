@@ -16,7 +16,8 @@ from asyncdiff_pl.parallel.patches.rows import ROWS, Rows
 from asyncdiff_pl.parallel.patches.settings import Source
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, Traffic, together
+from asyncdiff_pl.parallel.patches.swap import Parcels
+from asyncdiff_pl.parallel.patches.traffic import Traffic, together
 
 RowsBeyond = list[tuple[torch.Tensor, torch.Tensor]]
 """Of each own patch the rows above and below it."""

@@ -15,7 +15,8 @@ from asyncdiff_pl.parallel.patches.rows import ROWS, Rows
 from asyncdiff_pl.parallel.patches.settings import Statistics
 from asyncdiff_pl.parallel.patches.sites import Site, site_of
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import Parcels, Trade, together
+from asyncdiff_pl.parallel.patches.swap import Parcels, Trade
+from asyncdiff_pl.parallel.patches.traffic import together
 
 
 def normalise(site: Site, norm: nn.GroupNorm, hidden: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,8 @@ from asyncdiff_pl.parallel.patches.layers import PatchLayers, gains_in_patches
 from asyncdiff_pl.parallel.patches.rows import ROWS, Rows, row_unit, shares
 from asyncdiff_pl.parallel.patches.settings import PatchSettings, Source
 from asyncdiff_pl.parallel.patches.step import PatchStep
-from asyncdiff_pl.parallel.patches.traffic import LocalSwap, RankSwap, Traffic
+from asyncdiff_pl.parallel.patches.swap import LocalSwap, RankSwap
+from asyncdiff_pl.parallel.patches.traffic import Traffic
 from asyncdiff_pl.parallel.phases import Made, Phase, Phases
 from asyncdiff_pl.parallel.recordings import Recordings
 from asyncdiff_pl.parallel.stages.units import split_modules
