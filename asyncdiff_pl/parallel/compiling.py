@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncdiff_pl.parallel.projections import JoinedProjections, self_attentions
+from asyncdiff_pl.parallel.projections import JoinedProjections, joinable_attentions
 
 BACKEND: str | Callable[..., Any] = "inductor"
 """What torch compiles with."""
@@ -57,7 +57,7 @@ class Compiled:
         """Those that are compiled."""
         self._calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         self._layouts: list[tuple[nn.Parameter, tuple[int, ...]]] = []
-        self.projections = {attention: JoinedProjections(attention) for attention in self_attentions(denoiser)}
+        self.projections = {attention: JoinedProjections(attention) for attention in joinable_attentions(denoiser)}
         """Of self-attention, where they can be joined."""
         self._is_possible = True
 

@@ -129,7 +129,7 @@ class JoinedProjections:
         self.weight = self.bias = None
 
 
-def self_attentions(denoiser: nn.Module) -> Iterator[Attention]:
+def joinable_attentions(denoiser: nn.Module) -> Iterator[Attention]:
     """Attentions of tokens to one another whose projections are plain layers."""
     for module in denoiser.modules():
         if not isinstance(module, Attention) or module.is_cross_attention or module.fused_projections:

@@ -9,7 +9,7 @@ from torch import nn
 
 from asyncdiff_pl.parallel import parallelize
 from asyncdiff_pl.parallel.compiling import Compiled
-from asyncdiff_pl.parallel.projections import NAMES, self_attentions
+from asyncdiff_pl.parallel.projections import NAMES, joinable_attentions
 
 CPU = torch.device("cpu")
 TOKENS = torch.linspace(-1, 1, 2 * 5 * 8).sin().view(2, 5, 8)
@@ -38,7 +38,7 @@ def test_denoisers_compute_the_same_with_fewer_products(name, monkeypatch):
     found, linear = {}, nn.functional.linear
     for kind in ("joined", "apart"):
         if kind == "apart":
-            monkeypatch.setattr("asyncdiff_pl.parallel.compiling.self_attentions", lambda denoiser: ())
+            monkeypatch.setattr("asyncdiff_pl.parallel.compiling.joinable_attentions", lambda denoiser: ())
         made = []
         monkeypatch.setattr(nn.functional, "linear", lambda *args: made.append(None) or linear(*args))  # noqa: B023
         denoiser, scheduler = build(name), ddim()
@@ -46,7 +46,7 @@ def test_denoisers_compute_the_same_with_fewer_products(name, monkeypatch):
         found[kind] = Sampler(name)(denoiser, scheduler, 2), len(made)
         handle.remove()
     torch.testing.assert_close(found["joined"][0], found["apart"][0], rtol=1e-5, atol=1e-6)
-    attentions = len(list(self_attentions(denoiser)))
+    attentions = len(list(joinable_attentions(denoiser)))
     # two of three, in each of two steps
     assert found["apart"][1] - found["joined"][1] == 2 * 2 * attentions > 0
 
