@@ -6,11 +6,13 @@ import signal
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from asyncdiff_pl.callbacks import TrainingState
 from asyncdiff_pl.cli.command import run
-from asyncdiff_pl.cli.overview import is_training, packaged_configs, with_named_configs
+from asyncdiff_pl.cli.overview import CONFIGS, is_training, packaged_configs, with_named_configs
 from asyncdiff_pl.models.training import DDPM
 from asyncdiff_pl.training import loss_weights, timesteps
 
@@ -101,3 +103,10 @@ def test_all_configs_of_training_are_seen():
     assert {*CIFAR} == {*METHODS}
     assert all(map(is_training, (*METHODS, "demo_ddpm", "train/clip")))
     assert not any(map(is_training, ("demo", "ddpm_pictures", "demo_ddpm_pictures")))
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_configs() if is_training(name)])
+def test_a_killed_run_of_any_config_has_something_to_go_on_with(name):
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    every = config.get("state", {}).get("every_n_steps", TrainingState().every_n_steps)
+    assert every <= config["trainer"]["max_steps"] / 4
