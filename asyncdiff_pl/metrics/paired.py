@@ -8,6 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+ROUNDING = 1e-12
+"""What a mean in double precision may be off by, relative to it, with room to spare."""
+
+
 class Mean(NamedTuple):
     """A mean over samples with the standard error of that mean."""
 
@@ -32,7 +36,8 @@ class Mean(NamedTuple):
         """
         if not math.isfinite(self.standard_error) or not math.isfinite(self.value):
             return f"{self.value:{sign}.4g}", ""
-        if self.standard_error == 0:
+        # of equal samples, the rounding of their sum
+        if self.standard_error <= ROUNDING * abs(self.value):
             return f"{self.value:{sign}.4g}", "0"
         decimals = max(0, 1 - math.floor(math.log10(self.standard_error)))
         return f"{self.value:{sign}.{decimals}f}", f"{self.standard_error:.{decimals}f}"
