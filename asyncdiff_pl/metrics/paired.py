@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-
 ROUNDING = 1e-12
 """What a mean in double precision may be off by, relative to it, with room to spare."""
 
