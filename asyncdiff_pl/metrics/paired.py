@@ -20,9 +20,14 @@ class Mean(NamedTuple):
     @property
     def in_standard_errors(self) -> float:
         """How many standard errors the mean is away from 0; infinite if all samples agree on another number."""
-        if self.standard_error == 0:
+        if self._is_of_equals:
             return 0.0 if self.value == 0 else float("inf") if self.value > 0 else float("-inf")
         return self.value / self.standard_error
+
+    @property
+    def _is_of_equals(self) -> bool:
+        """Whether all samples are one number: their sum's rounding may leave an error."""
+        return self.standard_error <= ROUNDING * abs(self.value)
 
     def texts(self, sign: str = "") -> tuple[str, str]:
         """The mean and its standard error as texts, with as many decimals as two digits of the error have.
@@ -35,8 +40,7 @@ class Mean(NamedTuple):
         """
         if not math.isfinite(self.standard_error) or not math.isfinite(self.value):
             return f"{self.value:{sign}.4g}", ""
-        # of equal samples, the rounding of their sum
-        if self.standard_error <= ROUNDING * abs(self.value):
+        if self._is_of_equals:
             return f"{self.value:{sign}.4g}", "0"
         decimals = max(0, 1 - math.floor(math.log10(self.standard_error)))
         return f"{self.value:{sign}.{decimals}f}", f"{self.standard_error:.{decimals}f}"

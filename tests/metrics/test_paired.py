@@ -23,7 +23,7 @@ def test_what_is_common_to_a_pair_does_not_count():
     assert found.in_standard_errors == pytest.approx(3 * math.sqrt(3))
 
 
-@pytest.mark.parametrize(("shift", "expected"), [(1.0, math.inf), (-1.0, -math.inf), (0.0, 0.0)])
+@pytest.mark.parametrize(("shift", "expected"), [(1.0, math.inf), (-1.0, -math.inf), (0.0, 0.0), (0.1, math.inf)])
 def test_samples_that_all_agree(shift, expected):
     assert paired_difference(torch.zeros(3) + shift, torch.zeros(3)).in_standard_errors == expected
 

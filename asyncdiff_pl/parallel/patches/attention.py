@@ -207,13 +207,13 @@ def _project_operation(
     it = site_of(site)
     rows, traffic = it.step.rows, it.step.traffic
     (patch,) = rows.own
-    pieces = dict(enumerate(room.split(rows.at(tokens.shape[1] // room.shape[2]), 1)))
-    own, keys_and_values = pieces.pop(patch), weight[queries:].t()
+    own, others = _pieces(room, patch, rows.at(tokens.shape[1] // room.shape[2]))
+    keys_and_values = weight[queries:].t()
     if bias is None:
         torch.mm(tokens[0], keys_and_values, out=own.flatten(0, 2))
     else:
         torch.addmm(bias[queries:], tokens[0], keys_and_values, out=own.flatten(0, 2))
-    messages = traffic.begin([([dict.fromkeys(pieces, own)], [pieces])], it.name)
+    messages = traffic.begin([([dict.fromkeys(others, own)], [others])], it.name)
     made = nn.functional.linear(tokens, weight[:queries], None if bias is None else bias[:queries])
     for message in messages:
         message.wait()
@@ -237,8 +237,8 @@ def _trade(wholes: list[torch.Tensor], parts: list[torch.Tensor], rows: Rows, si
     """All of the own patches' rows, for all others, and room for all of theirs.
 
     Args:
-        wholes: Room for the rows of all patches, one for each own patch, [B, rows, columns, C]; in it, patches lie one
-            after the other: of a batch of one it becomes the whole, of others it has to be made from them.
+        wholes: Room for the rows of all patches, one for each own patch, [B, rows, columns, C]: of a batch of one it
+            becomes the whole, of others it has to be made from the pieces.
         parts: Rows of each own patch.
         rows: The split of the rows.
         sizes: Rows of each patch.
@@ -246,13 +246,24 @@ def _trade(wholes: list[torch.Tensor], parts: list[torch.Tensor], rows: Rows, si
     sends: Parcels = []
     receives: Parcels = []
     for patch, part, whole in zip(rows.own, parts, wholes, strict=True):
-        row = part.numel() // part.shape[1]
-        pieces = whole.flatten().split([size * row for size in sizes])
-        places = [piece.view(len(part), -1, *part.shape[2:]) for piece in pieces]
-        places[patch].copy_(part)
-        sends.append({other: places[patch] for other in range(rows.patches) if other != patch})
-        receives.append({other: places[other] for other in sends[-1]})
+        own, others = _pieces(whole, patch, sizes)
+        sends.append(dict.fromkeys(others, own.copy_(part)))
+        receives.append(others)
     return sends, receives
+
+
+def _pieces(whole: torch.Tensor, patch: int, sizes: tuple[int, ...]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """A patch's own place in room for the rows of all, where patches lie one after the other, and those of the others.
+
+    Args:
+        whole: The room, [B, rows, columns, C].
+        patch: Number of the patch.
+        sizes: Rows of each patch.
+    """
+    row = whole.numel() // sum(sizes)
+    pieces = whole.flatten().split([size * row for size in sizes])
+    places = {number: piece.view(len(whole), -1, *whole.shape[2:]) for number, piece in enumerate(pieces)}
+    return places.pop(patch), places
 
 
 def _sends(parts: list[torch.Tensor], rows: Rows, sizes: tuple[int, ...], portion: float) -> Parcels:
