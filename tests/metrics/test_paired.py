@@ -25,7 +25,8 @@ def test_what_is_common_to_a_pair_does_not_count():
 
 @pytest.mark.parametrize(("shift", "expected"), [(1.0, math.inf), (-1.0, -math.inf), (0.0, 0.0), (0.1, math.inf)])
 def test_samples_that_all_agree(shift, expected):
-    assert paired_difference(torch.zeros(3) + shift, torch.zeros(3)).in_standard_errors == expected
+    zeros = torch.zeros(3, dtype=torch.double)
+    assert paired_difference(zeros + shift, zeros).in_standard_errors == expected
 
 
 def test_numbers_that_do_not_fit():
